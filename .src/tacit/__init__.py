@@ -1,0 +1,1 @@
+"""Tacit: train on data that never leaves its owners, shrink the model, ship it with one privacy guarantee."""

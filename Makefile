@@ -1,0 +1,43 @@
+# Two commands: `make demo` trains, compresses, measures and reports; `make test` checks everything.
+# Both make .venv when it is missing and work on Debian with python3.11, python3.11-venv, make and git.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT ?= runs/digits
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+
+.PHONY: demo test soak clean
+
+demo: .venv/.demo
+	@rm -rf "$(OUT)"
+	@$(BIN)/tacit run --out "$(OUT)"
+
+test: .venv/.test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q -m "not soak"
+
+soak: .venv/.test
+	@$(BIN)/pytest -q -m soak
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: python3.11 not found; install it (Debian: apt-get install python3.11 python3.11-venv)" >&2; exit 7; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; install it (Debian: apt-get install python3.11-venv)" >&2; exit 7; }
+	@"$(PYTHON)" -m venv .venv
+
+# torch first and pinned: an unpinned one would bring gigabytes of CUDA.
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+.venv/.test: .venv/.demo
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs dist build .mypy_cache .ruff_cache

@@ -1,0 +1,260 @@
+"""What a compression pass is: a name, parameters, and the data it uses; and running those that change the model."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from tacit.compression.distill import distill
+from tacit.compression.material import Material
+from tacit.compression.plan import Plan, compose
+from tacit.compression.prune import prune
+
+DataUse = Literal["none", "public", "private"]
+Label = Literal["float32", "dynamic-range int8", "static int8 (float I/O)"]
+Progress = Callable[[str, int, int], None]
+
+_STRENGTH: tuple[DataUse, ...] = ("none", "public", "private")
+_LABELS: dict[str, Label] = {"dynamic_int8": "dynamic-range int8", "static_int8": "static int8 (float I/O)"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of a variant.
+
+    Attributes:
+        name: "prune", "distill", "dynamic_int8" or "static_int8".
+        parameters: Every parameter, defaults filled in.
+        data_use: "none" for weights only, "public" for public data; "private" is an access that must be charged.
+    """
+
+    name: str
+    parameters: Mapping[str, int | float] = field(default_factory=dict)
+    data_use: DataUse = "none"
+
+    def __post_init__(self) -> None:
+        """Check that the pass exists and does not understate the data it uses.
+
+        Raises:
+            ValueError: If so.
+        """
+        if self.name not in _KNOWN:
+            raise ValueError(
+                f"expected name to be one of {', '.join(_KNOWN)}, got name={self.name!r}{_hint(self.name, _KNOWN)}"
+            )
+        if self.data_use != _KNOWN[self.name][0]:
+            raise ValueError(
+                f"expected data_use={_KNOWN[self.name][0]!r} for the pass {self.name!r}, got "
+                f"data_use={self.data_use!r}; build passes with parse_passes"
+            )
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A model after its model-level passes, and the plan that turns the unpruned model into its shape."""
+
+    model: nn.Module
+    plan: Plan
+    parameters_before: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters left."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def pruned(self) -> float:
+        """Fraction of the parameters that pruning removed."""
+        return 1.0 - self.parameters / self.parameters_before
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    default: int | float | None  # None: must be given
+    low: float
+    high: float
+    whole: bool = False
+    open_ends: bool = True  # the ends themselves are refused
+
+
+_Parameters = Mapping[str, _Parameter]
+_KNOWN: Mapping[str, tuple[DataUse, _Parameters]] = MappingProxyType(
+    {
+        "prune": (
+            "none",
+            {
+                "ratio": _Parameter(None, 0.0, 1.0),
+                "round_to": _Parameter(1, 1, 1024, whole=True, open_ends=False),
+            },
+        ),
+        "distill": (
+            "public",
+            {
+                "epochs": _Parameter(200, 1, 100_000, whole=True, open_ends=False),
+                "learning_rate": _Parameter(0.01, 0.0, 1.0),
+                "temperature": _Parameter(2.0, 0.0, 100.0),
+            },
+        ),
+        "dynamic_int8": ("none", {}),
+        "static_int8": ("public", {}),
+    }
+)
+
+
+def parse_passes(entries: Iterable[Mapping[str, object]]) -> tuple[Pass, ...]:
+    """Read the passes of a variant, in order, as a recipe spells them.
+
+    Args:
+        entries: Each with the key `name` and the pass's parameters.
+
+    Returns:
+        The passes, defaults filled in.
+
+    Raises:
+        ValueError: If a name or parameter is unknown, missing, of the wrong type or out of range; if there are two
+            quantisation passes, or a pass follows one.
+
+    Example:
+        >>> [p.data_use for p in parse_passes([{"name": "prune", "ratio": 0.5}, {"name": "static_int8"}])]
+        ['none', 'public']
+    """
+    passes = tuple(_parse_pass(entry) for entry in entries)
+    for position, step in enumerate(passes):
+        if step.name in _LABELS and position != len(passes) - 1:
+            raise ValueError(
+                f"expected a quantisation pass to be the last and only one, got {step.name!r} at position "
+                f"{position + 1} of {len(passes)}; move it to the end"
+            )
+    return passes
+
+
+def label_of(passes: Sequence[Pass]) -> Label:
+    """Return the honest label of what these passes make: never just "int8".
+
+    Example:
+        >>> label_of(parse_passes([{"name": "dynamic_int8"}]))
+        'dynamic-range int8'
+    """
+    return _LABELS.get(passes[-1].name, "float32") if passes else "float32"
+
+
+def strongest_data_use(passes: Iterable[Pass]) -> DataUse:
+    """Return the strongest use among the passes: private over public over none."""
+    return max((step.data_use for step in passes), key=_STRENGTH.index, default="none")
+
+
+def check_material(passes: Iterable[Pass], material: Material) -> None:
+    """Refuse passes that need data which are not there, before any work is done.
+
+    Raises:
+        ValueError: With the name of the pass and what to do.
+    """
+    for step in passes:
+        if step.data_use == "public":
+            require_public(step, material)
+
+
+def require_public(step: Pass, material: Material) -> torch.Tensor:
+    """Return the public inputs that `step` needs.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if material.public is None:
+        raise ValueError(
+            f"expected public inputs for the pass {step.name!r}, got public=None; declare a public split, or use "
+            "passes that need no data (prune, dynamic_int8)"
+        )
+    return material.public
+
+
+def apply_passes(
+    model: nn.Module, passes: Sequence[Pass], material: Material, *, seed: int, progress: Progress | None = None
+) -> Shaped:
+    """Run the passes that change the model, in order; quantisation is left to the export.
+
+    The teacher of a distillation is `model` as given here.
+
+    Args:
+        model: The trained model; left as it is.
+        passes: From `parse_passes`.
+        material: What the passes may look at.
+        seed: Of the passes that draw random numbers.
+        progress: Called with (pass name, step, steps).
+
+    Returns:
+        The model in evaluation mode, and its plan (empty if nothing was pruned).
+
+    Raises:
+        ValueError: If a pass needs data which are not there, or cannot do its work.
+    """
+    check_material(passes, material)
+    shaped = Shaped(model, Plan(), sum(parameter.numel() for parameter in model.parameters()))
+    for step in passes:
+        if step.name == "prune":
+            shaped = _prune(shaped, step, material)
+            if progress is not None:
+                progress("prune", 1, 1)
+        elif step.name == "distill":
+            recovered = distill(
+                shaped.model,
+                model,
+                require_public(step, material),
+                seed=seed,
+                epochs=int(step.parameters["epochs"]),
+                learning_rate=step.parameters["learning_rate"],
+                temperature=step.parameters["temperature"],
+                progress=progress,
+            )
+            shaped = replace(shaped, model=recovered)
+    return shaped
+
+
+def _prune(shaped: Shaped, step: Pass, material: Material) -> Shaped:
+    smaller, plan, _ = prune(
+        shaped.model,
+        material.example_inputs,
+        ratio=step.parameters["ratio"],
+        round_to=int(step.parameters["round_to"]),
+    )
+    return replace(shaped, model=smaller.eval(), plan=compose(shaped.plan, plan))
+
+
+def _parse_pass(entry: Mapping[str, object]) -> Pass:
+    name = entry.get("name")
+    if not isinstance(name, str) or name not in _KNOWN:
+        raise ValueError(f"expected name to be one of {', '.join(_KNOWN)}, got name={name!r}{_hint(name, _KNOWN)}")
+    data_use, known = _KNOWN[name]
+    for key in entry:
+        if key != "name" and key not in known:
+            raise ValueError(
+                f"expected parameters {', '.join(known) or '(none)'} for the pass {name!r}, got {key}={entry[key]!r}"
+                f"{_hint(key, known)}"
+            )
+    parameters = {key: _parse_value(name, key, entry.get(key, known[key].default)) for key in known}
+    return Pass(name=name, parameters=MappingProxyType(parameters), data_use=data_use)
+
+
+def _parse_value(name: str, key: str, value: object) -> int | float:
+    known = _KNOWN[name][1][key]
+    kind = "a whole number" if known.whole else "a number"
+    span = f"{known.low:g} < {key} < {known.high:g}" if known.open_ends else f"{known.low:g} <= {key} <= {known.high:g}"
+    wrong = isinstance(value, bool) or not isinstance(value, int if known.whole else int | float)
+    if wrong or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected {kind}, {span}, for the pass {name!r}, got {key}={value!r}; write {key} = ...")
+    inside = known.low < value < known.high if known.open_ends else known.low <= value <= known.high
+    if not inside:
+        raise ValueError(f"expected {span} for the pass {name!r}, got {key}={value!r}; choose a value inside")
+    return value
+
+
+def _hint(given: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "; remove it or choose one of these"

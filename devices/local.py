@@ -1,0 +1,128 @@
+"""The device that is always there: this computer, with model files kept in a sandbox."""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tacit.devices import agent
+from tacit.devices.sandbox import ArtifactRefused, Completed, Limits, run_limited
+
+_REMOTE_NAME = re.compile(r"[a-z0-9]{1,64}(\.[a-z0-9]{1,16})?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+
+
+class LocalDevice:
+    """Runs ``agent.py`` on this computer, each request in a fresh limited process.
+
+    Files are copied into a private folder, as on any device. An ONNX file that names external data therefore finds
+    nothing beside itself, and a file that changes later changes no measurement. ``with`` or ``close`` removes the
+    folder at once; otherwise it goes with the object.
+    """
+
+    def __init__(self, name: str = "local", *, limits: Limits | None = None) -> None:
+        self.name = name
+        self._limits = limits or Limits()
+        self._folder = Path(tempfile.mkdtemp(prefix="tacit-device-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove everything that was put on the device."""
+        self._remove()
+
+    def put(self, path: Path) -> str:
+        """Copy a file onto the device and return the name by which requests refer to it.
+
+        The name is made of the content's SHA-256 and the suffix; nothing else of the path is used.
+        """
+        content = path.read_bytes()
+        remote = hashlib.sha256(content).hexdigest()[:32] + path.suffix.lower()
+        self._local(remote).write_bytes(content)
+        return remote
+
+    def get(self, remote: str) -> bytes:
+        """Return a file that the device wrote.
+
+        Raises:
+            ArtifactRefused: There is no such file, or it is not a plain file.
+        """
+        local = self._local(remote)
+        if local.is_symlink() or not local.is_file():
+            raise ArtifactRefused(f"expected a plain file on device {self.name}, got remote={remote!r}; run it again")
+        return local.read_bytes()
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request to the agent.
+
+        Args:
+            request: As described in ``agent.py``. ``limit_s``, if given, bounds the wall-clock and CPU seconds; the
+                default is that of the device's limits.
+
+        Returns:
+            The agent's answer, a JSON object of unchecked content.
+
+        Raises:
+            ArtifactRefused: The model file could not be run, crashed its runtime or took too long.
+            ModuleNotFoundError: The runtime is not installed.
+        """
+        return _answer(self._ask(request))
+
+    def facts(self) -> dict[str, Any]:
+        """Describe this computer, and whether its sandbox has a network ("none" or "host")."""
+        completed = self._ask({"op": "facts"})
+        return {**_answer(completed), "sandbox_network": completed.network}
+
+    def _ask(self, request: dict[str, Any]) -> Completed:
+        limit_s = float(request.get("limit_s", self._limits.wall_s))
+        threads = max(
+            [1, *(model.get("threads", 1) for model in [*request.get("models", []), request.get("model", {})])]
+        )
+        # -P keeps this folder off the agent's sys.path, where statistics.py would shadow the standard library's.
+        return run_limited(
+            [sys.executable, "-P", agent.__file__],
+            stdin=json.dumps(request).encode(),
+            limits=replace(self._limits, wall_s=limit_s, cpu_s=int(limit_s * threads) + 1),
+            cwd=self._folder,
+        )
+
+    def _local(self, remote: str) -> Path:
+        if not _REMOTE_NAME.fullmatch(remote):
+            raise ValueError(f"expected a name that put() returned, got remote={remote!r}; put the file first")
+        return self._folder / remote
+
+
+def _answer(completed: Completed) -> dict[str, Any]:
+    """Read the last line of the agent's output."""
+    lines = completed.stdout.decode("utf-8", errors="replace").strip().splitlines()
+    try:
+        answer = json.loads(lines[-1]) if lines else None
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        said = _printable(completed.stderr.decode("utf-8", errors="replace")[-300:])
+        raise ArtifactRefused(f"the runtime ended without an answer (exit status {completed.returncode}): {said}")
+    if completed.returncode == 0:
+        return answer
+    message = _printable(str(answer.get("error"))[:300])
+    if answer.get("kind") == "ModuleNotFoundError":
+        raise ModuleNotFoundError(f"expected the runtime to be installed, got: {message}; pip install 'tacit[devices]'")
+    raise ArtifactRefused(f"the model file could not be run: {message}")
+
+
+def _printable(text: str) -> str:
+    return _CONTROL.sub(" ", text).strip()

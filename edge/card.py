@@ -1,0 +1,226 @@
+"""What a run states about itself: the privacy card and the summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tacit.edge.recipe import Recipe
+from tacit.edge.run_folder import RunFolder
+from tacit.federated.accounting import Event, epsilon_pld, spend
+from tacit.federated.checkpoint import read_weights
+from tacit.federated.client_app import describe_channels
+from tacit.federated.datasets import find_task
+from tacit.federated.ledger import Account, read_ledger
+from tacit.federated.mechanism import Mechanism
+
+__all__ = ["no_privacy_card", "privacy_card", "summarise", "versions"]
+
+_PACKAGES = (
+    "tacit", "torch", "flwr", "opacus", "dp-accounting", "numpy", "onnx", "onnxscript", "onnxruntime",
+    "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning", "scikit-learn",
+)  # fmt: skip
+
+_SIMULATED = (
+    "Simulated: one process held every owner's data. ε bounds what the shipped files, the models of all rounds and the "
+    "uploads reveal to someone who sees only these; against the server it describes the recipe deployed, not this run. "
+    "Noise not hardened."
+)
+_BENCHMARK = "Public benchmark data: ε describes the mechanism, not protection of these records."
+_RECORD = "One record is assumed to live at one owner."
+
+
+def privacy_card(
+    folder: RunFolder, mechanism: Mechanism, *, data_status: str, passes: Sequence[str]
+) -> dict[str, object]:
+    """The privacy card of a finished training, from its ledger.
+
+    Args:
+        folder: the run.
+        mechanism: what the run planned.
+        data_status: "private" or "public-benchmark".
+        passes: "variant: pass (data use)" of every pass that will follow.
+
+    Raises:
+        ChainDamaged: a ledger that does not hold.
+        ArithmeticError: accountants that disagree.
+        FileNotFoundError: no ledger at all.
+    """
+    accounts, heads = _read_ledgers(folder.path)
+    by_owner = _epsilon_by_owner(accounts, mechanism.delta)
+    dearest = max(accounts, key=lambda account: by_owner[account.owner])
+    cost = spend(dearest.history, mechanism.delta)
+    statement = [_SIMULATED, *([_BENCHMARK] if data_status == "public-benchmark" else []), _RECORD]
+    return {
+        "unit": mechanism.unit,
+        "relation": "add/remove",
+        "adversary": "honest-but-curious server and everyone who receives models; app code trusted",
+        "epsilon": cost.epsilon,
+        "delta": cost.delta,
+        "accountant": cost.accountant,
+        "epsilon_rdp": cost.epsilon_rdp,
+        "epsilon_prv": cost.epsilon_prv,
+        "epsilon_by_owner": by_owner,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "max_grad_norm": mechanism.max_grad_norm,
+        "sample_rate": mechanism.sample_rate,
+        "reference_size": mechanism.reference_size,
+        "steps_per_round": mechanism.steps_per_round,
+        "participations_planned": mechanism.rounds,
+        "participations_charged": max(account.reserved for account in accounts),
+        "releases_failed": sum(account.failed for account in accounts),
+        "reopened": sum(account.reopened for account in accounts),
+        "scope": "simulated",
+        "engine": f"in-process {folder.recipe.federated.engine}",
+        "server_adversary": "by design only",
+        "noise": "not hardened",
+        "randomness": "secret, from the operating system; no seed",
+        "data_status": data_status,
+        "code": "not signed",
+        "channels": [f"{name}: {how}" for name, how in describe_channels(private=True).items()],
+        "later_passes": list(passes),
+        "ledger_head": heads[0] if len(heads) == 1 else hashlib.sha256("".join(heads).encode()).hexdigest(),
+        "ledger_heads": heads,
+        "statement": " ".join(statement),
+    }
+
+
+def no_privacy_card(recipe: Recipe) -> dict[str, object]:
+    """The card of a run that claims nothing."""
+    return {
+        "unit": "none",
+        "engine": f"in-process {recipe.federated.engine}",
+        "scope": "simulated",
+        "statement": "No privacy guarantee: updates left their owners as computed.",
+    }
+
+
+def summarise(folder: RunFolder) -> dict[str, object]:
+    """Every number of the report, from the files of the run directory."""
+    privacy = folder.read_json("privacy.json") or {}
+    task = find_task(folder.recipe.task.name)
+    test = task.load().test
+    rounds = _rounds(folder.train / "rounds.jsonl")
+    twin = _rounds(folder.train / "twin" / "rounds.jsonl")
+    curve = _epsilon_curve(privacy, len(rounds))
+    measured = {path.stem: folder.read_json("measure", path.name) or {} for path in _files(folder.path / "measure")}
+    return {
+        "schema_version": 1,
+        "task": folder.recipe.task.name,
+        "title": task.title,
+        "created": folder.created,
+        "accuracy": rounds[-1]["accuracy"] if rounds else None,
+        "accuracy_without_privacy": twin[-1]["accuracy"] if twin else None,
+        "test_examples": 0 if test is None else len(test),
+        "privacy": privacy,
+        "training": {
+            "rounds": [
+                {"round": r["round"], "accuracy": r["accuracy"], "epsilon": curve.get(int(str(r["round"])))}
+                for r in rounds
+            ],
+            "twin": [_shown(r) for r in twin],
+            "owners": folder.recipe.federated.owners,
+            "parameters": _parameters(folder),
+            "model": folder.recipe.model.family,
+        },
+        "variants": _variants(folder, measured),
+        "failed": _failures(folder, measured),
+        "devices": {name: content.get("facts", {}) for name, content in measured.items()},
+        "versions": versions(),
+        "wall_s": folder.wall_s(),
+        "recipe": (folder.path / "recipe.toml").read_text(encoding="utf-8"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every installed package that a run rests on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_ledgers(path: Path) -> tuple[list[Account], list[str]]:
+    accounts: list[Account] = []
+    heads: list[str] = []
+    ledgers = [p for p in (path / "ledger.jsonl", *sorted(path.glob("owners/*/ledger.jsonl"))) if p.is_file()]
+    for ledger in ledgers:
+        found, head, _ = read_ledger(ledger)
+        accounts += found
+        heads.append(head)
+    if not accounts:
+        raise FileNotFoundError(f"expected a ledger with entries in {path}, got none; train first")
+    return accounts, heads
+
+
+def _epsilon_by_owner(accounts: Sequence[Account], delta: float) -> dict[str, float]:
+    """ε of each owner; owners with the same history share one evaluation."""
+    known: dict[frozenset[tuple[Event, int]], float] = {}
+    result = {}
+    for account in accounts:
+        history = frozenset(account.history.items())
+        if history not in known:
+            known[history] = spend(account.history, delta).epsilon
+        result[account.owner] = known[history]
+    return result
+
+
+def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:
+    listed = []
+    for entry in folder.recipe.compression.variants:
+        variant = folder.read_json("variants", entry.name, "variant.json")
+        if variant is None:
+            continue
+        latency = {}
+        for device, content in measured.items():
+            artifacts = content.get("artifacts")
+            if isinstance(artifacts, dict) and entry.name in artifacts:
+                latency[device] = artifacts[entry.name]
+        listed.append({**variant, "latency": latency})
+    return listed
+
+
+def _failures(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, str]]:
+    compress = folder.read_json("variants", "failed.json") or {}
+    failed = [{"stage": "compress", "name": name, "reason": str(reason)} for name, reason in compress.items()]
+    for device, content in measured.items():
+        reasons = content.get("failed")
+        for name, reason in (reasons if isinstance(reasons, dict) else {}).items():
+            failed.append({"stage": f"measure {device}", "name": name, "reason": str(reason)})
+    return failed
+
+
+def _epsilon_curve(privacy: Mapping[str, object], rounds: int, points: int = 12) -> dict[int, float]:
+    """ε after some of the rounds, first and last included."""
+    if privacy.get("unit") in (None, "none"):
+        return {}
+    event = Event(
+        sample_rate=float(str(privacy["sample_rate"])), noise_multiplier=float(str(privacy["noise_multiplier"]))
+    )
+    steps, delta = int(str(privacy["steps_per_round"])), float(str(privacy["delta"]))
+    chosen = sorted({round(1 + (rounds - 1) * i / (points - 1)) for i in range(points)})
+    return {r: epsilon_pld({event: r * steps}, delta, discretisation=1e-3) for r in chosen}
+
+
+def _shown(row: Mapping[str, object]) -> dict[str, object]:
+    return {"round": row["round"], "accuracy": row["accuracy"]}
+
+
+def _parameters(folder: RunFolder) -> int:
+    weights = folder.train / "weights.safetensors"
+    return sum(array.size for array in read_weights(weights).values())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json")) if folder.is_dir() else []
+
+
+def _rounds(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

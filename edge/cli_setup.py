@@ -1,0 +1,81 @@
+"""`tacit init`, `tacit doctor` and `tacit config`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from tacit.edge.cli_output import Outcome
+
+__all__ = ["register"]
+
+
+def register(app: App) -> None:
+    """Adds the commands."""
+    app.command(init)
+    app.command(doctor)
+    config = App(name="config", help="Show a recipe as it resolves, or the schema of recipes.")
+    config.command(show)
+    config.command(schema)
+    app.command(config)
+
+
+def init(folder: Path, /) -> Outcome:
+    """Write a commented recipe into a new run directory.
+
+    Args:
+        folder: The directory to make.
+    """
+    from tacit.devices.durable import write_durably
+    from tacit.edge.recipe import BUILT_IN
+    from tacit.edge.run_folder import FolderMismatch
+
+    recipe = folder / "recipe.toml"
+    if recipe.exists():
+        raise FolderMismatch(f"expected a new folder, got {recipe}; edit it or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_durably(recipe, (BUILT_IN / "digits.toml").read_bytes())
+    return Outcome(
+        text=f"{recipe} written; edit it, then: tacit run {folder} --out {folder}", data={"recipe": str(recipe)}
+    )
+
+
+def doctor() -> Outcome:
+    """Check this machine: packages, disk, memory, clock, sandbox."""
+    from tacit.edge.doctor import examine
+
+    checks = examine()
+    lines = [f"{check.status:<5} {check.name}: {check.found}" for check in checks]
+    lines += [f"      {check.name}: {check.hint}" for check in checks if check.hint]
+    failed = [check.name for check in checks if check.status == "fail"]
+    data = {"checks": [vars(check) for check in checks]}
+    return Outcome(text="\n".join(lines), data=data, code=7 if failed else 0)
+
+
+def show(
+    recipe: str = "digits",
+    /,
+    *,
+    overrides: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+) -> Outcome:
+    """Show a recipe with every default written out.
+
+    Args:
+        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits.
+        overrides: table.key=value on top of the recipe; may be repeated.
+    """
+    from tacit.edge.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    return Outcome(text=resolved.to_toml(), data=resolved.model_dump())
+
+
+def schema() -> Outcome:
+    """Print the JSON schema of recipes, for editors."""
+    from tacit.edge.recipe import recipe_schema
+
+    content = recipe_schema()
+    return Outcome(text=json.dumps(content, indent=1), data=content)

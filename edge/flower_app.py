@@ -1,0 +1,289 @@
+"""A recipe as Flower apps: the same ClientApp and ServerApp in one process, under `flwr run`, or deployed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from flwr.app import Context, RecordDict
+
+from tacit.edge.recipe import Recipe, load_recipe
+from tacit.federated import partition
+from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
+from tacit.federated.client_app import CohortGate, Gate, Owner, OwnerGate, make_client_app
+from tacit.federated.datasets import find_task
+from tacit.federated.grid import InProcessGrid, quiet_flower
+from tacit.federated.ledger import Ledger
+from tacit.federated.mechanism import Mechanism
+from tacit.federated.noise import Randomness, SecretGenerator, SeededGenerator, public_seed
+from tacit.federated.outbox import Outbox
+from tacit.federated.server_app import LedgerView, ServerPlan, make_server_app
+from tacit.federated.task import Data, Model, Task, accuracy, initial_model
+from tacit.federated.train import Arrays, LocalTrainer, read_arrays, write_arrays
+
+__all__ = ["Composition", "client_app", "compose", "server_app", "train_in_process"]
+
+Report = Callable[[Mapping[str, object]], None]
+Role = Literal["private", "twin"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """What a recipe comes to: task, data, model, mechanism and who holds which records."""
+
+    recipe: Recipe
+    task: Task
+    data: Data
+    model: Model
+    mechanism: Mechanism
+    owners: tuple[Owner, ...]
+
+    @property
+    def budget(self) -> float:
+        """The ε that each owner's ledger holds to."""
+        return self.recipe.privacy.epsilon or self.mechanism.planned_epsilon()
+
+    def open_ledger(self, path: Path, outbox: Path) -> Ledger:
+        """Opens a ledger with the recipe's budget, its plan evaluated once."""
+        ledger = Ledger(path, Outbox(outbox), epsilon=self.budget, delta=self.mechanism.delta)
+        ledger.plan(self.mechanism.event, self.mechanism.rounds * self.mechanism.steps_per_round)
+        return ledger
+
+
+def compose(recipe: Recipe, folder: Path, *, role: Role = "private", gate: Callable[[str], Gate | None]) -> Composition:
+    """Builds what a recipe describes, checking everything before a record is trained on.
+
+    Args:
+        recipe: resolved.
+        folder: the run directory; owners' logs go below it.
+        role: "twin" for the same recipe with the noise left out and public randomness.
+        gate: owner's name → what guards its records, or None.
+
+    Raises:
+        DataProblem: an owner without records.
+        PrivacyRefused: a model whose layers mix records.
+        ValueError: a task or model that cannot be built.
+    """
+    torch.set_num_threads(1)  # sums in the same order on every machine, and owners that do not fight over cores
+    task = find_task(recipe.task.name)
+    model = build_model(recipe)
+    mechanism = _mechanism(recipe, role)
+    trainer = LocalTrainer(task, model, mechanism, learning_rate=recipe.federated.learning_rate)
+    data = task.load()
+    shares = _shares(recipe, data)
+    secret = SecretGenerator()
+
+    def randomness(name: str) -> Callable[[int], Randomness]:
+        if mechanism.private:
+            return lambda _: secret
+        return lambda server_round: SeededGenerator(public_seed(recipe.federated.seed, "batch", name, server_round))
+
+    owners = tuple(
+        Owner(
+            name=name,
+            index=index,
+            source=task.name,
+            mechanism=mechanism,
+            trainer=trainer,
+            records=lambda share=share: data.private.take(share),  # type: ignore[misc]  # binds this owner's share
+            randomness=randomness(name),
+            gate=gate(name),
+            log=folder / "owners" / name / "errors.log",
+        )
+        for index, (name, share) in enumerate(zip(partition.owner_names(len(shares)), shares, strict=True))
+    )
+    return Composition(recipe=recipe, task=task, data=data, model=model, mechanism=mechanism, owners=owners)
+
+
+def build_model(recipe: Recipe) -> Model:
+    """The recipe's untrained model.
+
+    Raises:
+        ValueError: parameters that do not fit together.
+    """
+    task = find_task(recipe.task.name)
+    parameters = recipe.model.model_dump(exclude={"family"})
+    return initial_model(task, parameters, recipe.federated.seed)
+
+
+def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, role: Role = "private") -> Composition:
+    """Runs a recipe's federated training in this process, resuming from the last checkpoint.
+
+    Args:
+        recipe: resolved.
+        folder: the run directory.
+        run: the run's identity.
+        report: told of each round.
+        role: "private", or "twin" for the same without noise.
+
+    Returns:
+        What was trained on.
+    """
+    quiet_flower()
+    place: dict[str, Gate] = {}
+    composition = compose(recipe, folder, role=role, gate=lambda _: place.get("gate"))
+    find = _finder(composition, place)
+    ledger = None
+    if composition.mechanism.private:
+        ledger = composition.open_ledger(folder / "ledger.jsonl", folder / "train" / "outbox")
+        place["gate"] = CohortGate(ledger, find)
+        if ledger.repaired:
+            report({"note": ledger.repaired})
+    try:
+        contexts = {index + 2: _context(index, len(composition.owners)) for index in range(len(composition.owners))}
+        gate = place.get("gate")
+        grid = InProcessGrid(make_client_app(find), contexts, gate if isinstance(gate, CohortGate) else None)
+        target = folder / "train" if role == "private" else folder / "train" / "twin"
+        view = LedgerView(lambda: ledger.head, ledger.seen, ledger.discard_before) if ledger else None
+        plan = _server_plan(composition, target, run=run, report=report, ledger=view)
+        make_server_app(lambda _: plan)(grid, _context(-1, len(composition.owners)))
+    finally:
+        if ledger is not None:
+            ledger.close()
+    return composition
+
+
+def _finder(composition: Composition, place: Mapping[str, Gate]) -> Callable[[Context], Owner]:
+    from dataclasses import replace
+
+    guarded: dict[int, Owner] = {}
+
+    def find(context: Context) -> Owner:
+        index = int(context.node_config["partition-id"])
+        if index not in guarded:
+            guarded[index] = replace(composition.owners[index], gate=place.get("gate"))
+        return guarded[index]
+
+    return find
+
+
+def _server_plan(
+    composition: Composition, folder: Path, *, run: str, report: Report, ledger: LedgerView | None
+) -> ServerPlan:
+    federated = composition.recipe.federated
+    scratch = build_model(composition.recipe)
+    test = composition.data.test
+
+    def evaluate(_: int, arrays: Arrays) -> float | None:
+        read_arrays(scratch, arrays)
+        return None if test is None else accuracy(scratch, test)
+
+    optimizer = ServerOptimizer(
+        learning_rate=federated.server_learning_rate,
+        momentum=federated.server_momentum if federated.strategy == "fedavgm" else 0.0,
+        schedule=federated.schedule,
+    )
+    return ServerPlan(
+        folder=folder,
+        recipe=composition.recipe.digest(),
+        initial=write_arrays(scratch),
+        run=run,
+        rounds=federated.rounds,
+        quorum=federated.quorum or 1,
+        strategy=FederatedAveraging(rounds=federated.rounds, optimizer=optimizer),
+        ledger=ledger,
+        evaluate=evaluate,
+        progress=report,
+    )
+
+
+def _mechanism(recipe: Recipe, role: Role) -> Mechanism:
+    privacy, federated = recipe.privacy, recipe.federated
+    unlimited = math.inf if privacy.max_grad_norm is None else privacy.max_grad_norm
+    if role == "twin" or privacy.unit == "none":
+        return Mechanism(
+            unit="none",
+            sample_rate=privacy.sample_rate,
+            max_grad_norm=unlimited,
+            noise_multiplier=0.0,
+            steps_per_round=federated.local_steps,
+            rounds=federated.rounds,
+            reference_size=privacy.reference_size,
+            delta=privacy.delta,
+        )
+    constants = {
+        "max_grad_norm": unlimited,
+        "steps_per_round": federated.local_steps,
+        "reference_size": privacy.reference_size,
+    }
+    if privacy.noise_multiplier is None and privacy.epsilon is not None:
+        return Mechanism.for_budget(
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=privacy.sample_rate,
+            rounds=federated.rounds,
+            **constants,
+        )
+    return Mechanism(
+        unit="record",
+        sample_rate=privacy.sample_rate,
+        noise_multiplier=privacy.noise_multiplier or 0.0,
+        rounds=federated.rounds,
+        delta=privacy.delta,
+        max_grad_norm=unlimited,
+        steps_per_round=federated.local_steps,
+        reference_size=privacy.reference_size,
+    )
+
+
+def _shares(recipe: Recipe, data: Data) -> partition.Shares:
+    federated, labels = recipe.federated, data.private.labels
+    if federated.partition == "iid":
+        return partition.iid(labels, federated.owners, seed=federated.seed)
+    return partition.dirichlet(labels, federated.owners, alpha=federated.alpha, seed=federated.seed)
+
+
+def _context(index: int, owners: int) -> Context:
+    node_config: dict[str, str | float | int | bool] = {"partition-id": index, "num-partitions": owners}
+    return Context(1, index + 2, node_config, RecordDict(), {})
+
+
+# Under `flwr run` every message may come to a fresh process: what is built is kept for as long as the process lives.
+
+
+@lru_cache(maxsize=1)
+def _deployed(recipe_source: str, out: str) -> Composition:
+    folder = Path(out)
+    recipe = load_recipe(recipe_source)
+
+    def gate(name: str) -> Gate | None:
+        if recipe.privacy.unit == "none":
+            return None
+        home = folder / "owners" / name
+        return OwnerGate(lambda: _deployed(recipe_source, out).open_ledger(home / "ledger.jsonl", home / "outbox"))
+
+    return compose(recipe, folder, gate=gate)
+
+
+def _from_run_config(context: Context) -> Composition:
+    config = context.run_config
+    return _deployed(str(config["recipe"]), str(Path(str(config["out"])).expanduser().resolve()))
+
+
+def _find_owner(context: Context) -> Owner:
+    composition = _from_run_config(context)
+    index = int(context.node_config["partition-id"])
+    if index >= len(composition.owners):
+        raise ValueError(f"expected one of {len(composition.owners)} owners, got partition {index}; start fewer nodes")
+    return composition.owners[index]
+
+
+def _find_plan(context: Context) -> ServerPlan:
+    from tacit.edge.run_folder import RunFolder
+
+    composition = _from_run_config(context)
+    folder = RunFolder(Path(str(context.run_config["out"])).expanduser().resolve(), composition.recipe)
+
+    def report(row: Mapping[str, object]) -> None:
+        folder.log("round", **row)
+
+    return _server_plan(composition, folder.train, run=folder.run, report=report, ledger=None)
+
+
+client_app = make_client_app(_find_owner)
+server_app = make_server_app(_find_plan)

@@ -1,0 +1,324 @@
+"""The pipeline: one function a stage, and `run` for all of them.
+
+from tacit.edge.pipeline import run
+summary = run("digits", "runs/digits")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tacit.edge.progress import Progress, Silent
+from tacit.edge.recipe import Recipe, RecipeInvalid, load_recipe
+from tacit.edge.run_folder import FolderMismatch, RunFolder
+
+if TYPE_CHECKING:
+    from tacit.compression.variant import VariantSpec
+    from tacit.devices.protocol import Artifact
+
+__all__ = ["compress", "measure", "report", "run", "train"]
+
+
+def run(
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Trains, compresses, measures and reports.
+
+    Args:
+        recipe: a TOML file, the name of a built-in recipe, or a loaded one.
+        out: the run directory.
+        resume: continue a run that was interrupted; what is done is not done again.
+        overrides: `table.key=value` on top of the recipe.
+        progress: where to report to; nobody when None.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        RecipeInvalid, RecipeRefused: the recipe.
+        FolderMismatch, FolderHeld: the directory.
+        DataProblem, PrivacyRefused, FederationFailed: training.
+        OSError: disk or permission.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    shown = progress or Silent()
+    with _opened(Path(out), resolved) as folder:
+        if folder.begun and not resume:
+            raise FolderMismatch(f"expected a fresh folder, got {folder.path} with a run; add --resume or name another")
+        _check(folder)
+        twin = _train(folder, shown)
+        try:
+            _compress(folder, shown, again=False)
+            twin.wait(shown)
+        finally:
+            twin.stop()
+        if folder.recipe.compression.variants:
+            for device in folder.recipe.devices.names:
+                _measure(folder, device, shown, again=False)
+        return _report(folder, shown)
+
+
+def train(out: str | Path, *, progress: Progress | None = None) -> dict[str, object]:
+    """The training stage of a run directory; goes on from its last checkpoint. Returns the privacy card."""
+    with _opened(Path(out)) as folder:
+        _check(folder)
+        shown = progress or Silent()
+        twin = _train(folder, shown)
+        try:
+            twin.wait(shown)
+        finally:
+            twin.stop()
+        return folder.read_json("privacy.json") or {}
+
+
+def compress(out: str | Path, *, progress: Progress | None = None) -> dict[str, str]:
+    """The compression stage of a run directory that has been trained. Returns reasons of what failed, by name."""
+    with _opened(Path(out)) as folder:
+        _need_training(folder)
+        return _compress(folder, progress or Silent(), again=True)
+
+
+def measure(out: str | Path, *, device: str = "local", progress: Progress | None = None) -> dict[str, object]:
+    """Measures the artifacts of a run directory on a device. Returns the content of measure/DEVICE.json."""
+    with _opened(Path(out)) as folder:
+        _need_training(folder)
+        return _measure(folder, device, progress or Silent(), again=True)
+
+
+def report(out: str | Path, *, progress: Progress | None = None) -> dict[str, object]:
+    """Writes summary.json and report.html of a run directory from what it holds."""
+    with _opened(Path(out)) as folder:
+        _need_training(folder)
+        return _report(folder, progress or Silent())
+
+
+@contextmanager
+def _opened(path: Path, recipe: Recipe | None = None) -> Iterator[RunFolder]:
+    folder = RunFolder(path, recipe)
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+@contextmanager
+def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    folder.log("begin", stage=stage)
+    yield
+    folder.add_wall_time(stage, started)
+    folder.log("end", stage=stage)
+
+
+def _need_training(folder: RunFolder) -> None:
+    if not folder.trained:
+        raise FolderMismatch(f"expected a trained run in {folder.path}, got none; `tacit train {folder.path}` first")
+
+
+def _check(folder: RunFolder) -> None:
+    """What can be known to be wrong before an hour of training."""
+    from tacit.edge.flower_app import build_model
+
+    recipe = folder.recipe
+    try:
+        _specs(recipe)
+        build_model(recipe)
+    except ValueError as error:
+        raise RecipeInvalid(str(error), str(folder.path / "recipe.toml")) from None
+
+
+def _specs(recipe: Recipe) -> list[VariantSpec]:
+    from tacit.compression.passes import label_of, parse_passes
+    from tacit.compression.variant import VariantSpec
+
+    specs = []
+    for variant in recipe.compression.variants:
+        try:
+            passes = parse_passes(variant.passes)
+        except ValueError as error:
+            raise ValueError(f"variant {variant.name!r}: {error}") from None
+        if variant.label not in (None, label_of(passes)):
+            raise ValueError(
+                f"variant {variant.name!r}: expected label={label_of(passes)!r} for its passes, got {variant.label!r}; "
+                "leave label out"
+            )
+        specs.append(VariantSpec(variant.name, variant.format, passes))
+    return specs
+
+
+def _train(folder: RunFolder, progress: Progress) -> _Twin:
+    from tacit.edge.card import no_privacy_card, privacy_card
+    from tacit.edge.flower_app import train_in_process
+
+    recipe = folder.recipe
+    twin = _Twin(folder)
+    if folder.trained and folder.read_json("privacy.json") is not None:
+        return twin
+    with _timed(folder, "train"):
+        progress.begin("train", recipe.federated.rounds)
+
+        def on_row(row: Mapping[str, object]) -> None:
+            folder.log("round", **row)
+            if "note" in row:
+                progress.note(str(row["note"]))
+            else:
+                progress.step(int(str(row["round"])), f"accuracy {_percent(row['accuracy'])}")
+
+        composition = train_in_process(recipe, folder.path, run=folder.run, report=on_row)
+        card = no_privacy_card(recipe)
+        if composition.mechanism.private:
+            passes = [f"{s.name}: {p.name} ({p.data_use} data)" for s in _specs(recipe) for p in s.passes]
+            status = composition.data.status
+            card = privacy_card(folder, composition.mechanism, data_status=status, passes=passes)
+        folder.write_json(card, "privacy.json")
+        progress.end(privacy_line(card))
+    return twin
+
+
+class _Twin:
+    """The same training without noise, in a second process on the other core, to show what privacy costs."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Starts it, where the recipe asks for one, every split is a public benchmark, and it is not there yet."""
+        from tacit.federated.datasets import find_task
+
+        recipe = folder.recipe
+        self._log = folder.path / "twin.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        wanted = recipe.report.twin and recipe.privacy.unit != "none"
+        if not wanted or (folder.train / "twin" / "weights.safetensors").is_file():
+            return
+        if find_task(recipe.task.name).load().status != "public-benchmark":
+            return
+        code = "import sys; from tacit.edge.pipeline import train_twin; train_twin(sys.argv[1], int(sys.argv[2]))"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code, str(folder.path), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def wait(self, progress: Progress) -> None:
+        """Waits for it: a measurement beside it would measure both."""
+        if self._process is None:
+            return
+        if self._process.wait() != 0:
+            progress.note(f"the twin without noise failed, the report goes without it; see {self._log}")
+        else:
+            self._log.unlink(missing_ok=True)
+        self._process = None
+
+    def stop(self) -> None:
+        """Ends it, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def train_twin(path: str, parent: int) -> None:
+    """Entry point of the twin's process; it ends with its parent."""
+    from tacit.edge.flower_app import train_in_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
+
+    def on_row(_: Mapping[str, object]) -> None:
+        if os.getppid() != parent:
+            sys.exit(1)
+
+    folder = Path(path)
+    train_in_process(load_recipe(folder / "recipe.toml"), folder, run="twin", report=on_row, role="twin")
+
+
+def _compress(folder: RunFolder, progress: Progress, *, again: bool) -> dict[str, str]:
+    from tacit.edge.variants import make_variants
+
+    with _timed(folder, "compress"):
+        specs = _specs(folder.recipe)
+        progress.begin("compress", len(specs))
+        failed = make_variants(folder, specs, progress, again=again)
+        if failed:
+            folder.write_json(failed, "variants", "failed.json")
+        else:
+            (folder.path / "variants" / "failed.json").unlink(missing_ok=True)
+        progress.end(f"{len(specs) - len(failed)} of {len(specs)} variants")
+        return failed
+
+
+def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool) -> dict[str, object]:
+    from tacit.devices.local import LocalDevice
+    from tacit.devices.protocol import measure as measure_artifacts
+    from tacit.edge.variants import built_artifacts
+    from tacit.federated.datasets import find_task
+    from tacit.federated.task import DataProblem
+
+    if device != "local":
+        raise RecipeInvalid(f"expected a device that can be reached, got {device!r}; known: local", "--device")
+    artifacts = built_artifacts(folder)
+    if not artifacts:
+        raise FolderMismatch(f"expected artifacts in {folder.path}, got none; `tacit compress {folder.path}` first")
+    done = folder.read_json("measure", f"{device}.json")
+    if done is not None and not again and _covers(done, artifacts):
+        return done
+    with _timed(folder, "measure"):
+        progress.begin("measure", len(artifacts))
+        data = find_task(folder.recipe.task.name).load()
+        inputs = data.public if data.test is None else data.test.inputs
+        if inputs is None:
+            raise DataProblem("expected public inputs to measure with, got none; declare a public or a test split")
+        mode = folder.recipe.devices.mode
+        with LocalDevice() as local:
+            result = measure_artifacts(local, artifacts, inputs[:64], mode=mode, progress=progress.note)
+        folder.write_json(result, "measure", f"{device}.json")
+        progress.end(f"{len(result['artifacts'])} of {len(artifacts)} artifacts on {device}")
+        return result
+
+
+def _covers(content: Mapping[str, object], artifacts: Sequence[Artifact]) -> bool:
+    """Whether a measurement is of exactly these bytes."""
+    known = content.get("artifacts")
+    digests = {name: entry["sha256"] for name, entry in known.items()} if isinstance(known, dict) else {}
+    return all(digests.get(a.name) == hashlib.sha256(a.path.read_bytes()).hexdigest() for a in artifacts)
+
+
+def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
+    from tacit.edge.card import summarise
+    from tacit.edge.report import write_report
+
+    with _timed(folder, "report"):
+        progress.begin("report", 1)
+        summary = summarise(folder)
+        write_report(summary, folder.path / "report.html")
+    summary = {**summary, "wall_s": folder.wall_s()}
+    folder.write_json(summary, "summary.json")
+    progress.end(str(folder.path / "report.html"))
+    return summary
+
+
+def privacy_line(card: Mapping[str, object]) -> str:
+    """ε with everything without which it means nothing."""
+    if card.get("unit") == "none":
+        return "no privacy guarantee"
+    return (
+        f"ε = {card['epsilon']:.2f} at δ = {card['delta']:g} ({card['unit']} level, {card['relation']}, "
+        f"{card['accountant']}; adversary: {card['adversary']})"
+    )
+
+
+def _percent(value: object) -> str:
+    return f"{value:.1%}" if isinstance(value, float) else "not measured"

@@ -1,0 +1,127 @@
+"""From one trained model to every variant of the recipe, each compared with the model it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tacit.compression.material import Material
+from tacit.compression.parity import compare
+from tacit.compression.passes import Shaped, apply_passes
+from tacit.compression.variant import VariantSpec, build_variant
+from tacit.devices.protocol import Artifact
+from tacit.devices.runtime import open_artifact
+from tacit.edge.flower_app import build_model
+from tacit.edge.progress import Progress
+from tacit.edge.run_folder import RunFolder
+from tacit.federated.checkpoint import read_weights
+from tacit.federated.datasets import find_task
+from tacit.federated.task import Data
+from tacit.federated.train import read_arrays
+
+__all__ = ["built_artifacts", "make_variants"]
+
+
+def make_variants(
+    folder: RunFolder, specs: Sequence[VariantSpec], progress: Progress, *, again: bool
+) -> dict[str, str]:
+    """Builds variants into DIR/variants and measures parity and accuracy in each artifact's own runtime.
+
+    Args:
+        folder: a trained run.
+        specs: what to build.
+        progress: told of each.
+        again: also build what is already there.
+
+    Returns:
+        Reasons of those that could not be built, by name; the others are complete.
+    """
+    workshop = _Workshop(folder)
+    failed: dict[str, str] = {}
+    for done, spec in enumerate(specs, 1):
+        target = folder.path / "variants" / spec.name
+        complete = folder.read_json("variants", spec.name, "variant.json")
+        if again or complete is None or "parity" not in complete or complete.get("stamp") != workshop.stamp:
+            try:
+                workshop.make(spec)
+            except (ValueError, RuntimeError) as error:  # one variant's failure is not the others'
+                failed[spec.name] = str(error).splitlines()[0]
+                folder.log("variant failed", name=spec.name, reason=str(error))
+                progress.note(f"variant {spec.name} failed: {failed[spec.name]}")
+        progress.step(done, target.name)
+    return failed
+
+
+class _Workshop:
+    """The trained model, what passes may look at, and the models that passes have made of it so far."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        recipe = folder.recipe
+        task = find_task(recipe.task.name)
+        self._folder, self._seed = folder, recipe.federated.seed
+        self._data = task.load()
+        self._model = build_model(recipe)
+        read_arrays(self._model, read_weights(folder.train / "weights.safetensors"))
+        self._model.eval()
+        public = None if self._data.public is None else torch.from_numpy(self._data.public)
+        self._material = Material(
+            example_inputs=torch.zeros(1, *task.interface.shape),
+            public=public,
+            loss=task.loss,
+        )
+        self._shaped: dict[str, Shaped] = {}
+        privacy = (folder.path / "privacy.json").read_bytes()
+        self.stamp = {"tacit.privacy_sha256": hashlib.sha256(privacy).hexdigest(), "tacit.task": task.name}
+
+    def make(self, spec: VariantSpec) -> None:
+        target = self._folder.path / "variants" / spec.name
+        shaped = self._shape(spec)
+        about = build_variant(spec, shaped, self._material, target, stamp=self.stamp)
+        judged = {**about, **self._judge(about, shaped)}
+        self._folder.write_json(judged, "variants", spec.name, "variant.json")
+
+    def _shape(self, spec: VariantSpec) -> Shaped:
+        key = repr([(p.name, dict(p.parameters)) for p in spec.passes if not p.name.endswith("_int8")])
+        if key not in self._shaped:
+            self._shaped[key] = apply_passes(self._model, spec.passes, self._material, seed=self._seed)
+        return self._shaped[key]
+
+    def _judge(self, about: Mapping[str, object], shaped: Shaped) -> dict[str, object]:
+        """Parity with the PyTorch model that it came from, and accuracy, both on what the artifact's runtime says."""
+        inputs = _inputs(self._data)
+        if inputs is None:
+            return {"parity": None, "accuracy": None}
+        artifact = _artifact(self._folder, about)
+        logits = open_artifact(artifact.path, input_layout=artifact.input_layout).predict(inputs)
+        with torch.inference_mode():
+            reference = shaped.model(torch.from_numpy(inputs)).numpy()
+        parity = compare(reference, logits)
+        test = self._data.test
+        accuracy = None if test is None else float((logits.argmax(1) == test.labels).mean())
+        return {
+            "parity": {"top1_agreement": parity.top1_agreement, "max_abs": parity.max_abs, "cosine": parity.cosine},
+            "accuracy": accuracy,
+        }
+
+
+def built_artifacts(folder: RunFolder) -> list[Artifact]:
+    """The artifacts that a run has, in the order of its recipe."""
+    found = (folder.read_json("variants", e.name, "variant.json") for e in folder.recipe.compression.variants)
+    return [_artifact(folder, about) for about in found if about is not None]
+
+
+def _artifact(folder: RunFolder, about: Mapping[str, object]) -> Artifact:
+    name = str(about["name"])
+    return Artifact(
+        name=name,
+        path=folder.path / "variants" / name / f"model.{about['format']}",
+        input_layout="channel_last" if about["input_layout"] == "channel_last" else "channel_first",
+    )
+
+
+def _inputs(data: Data) -> npt.NDArray[np.float32] | None:
+    return data.public if data.test is None else data.test.inputs

@@ -1,0 +1,66 @@
+"""The built-in tasks and how a recipe's task is found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import numpy as np
+from tacit.devices.interface import Interface
+from torch import nn
+
+from tacit.federated.models_image import cnn
+from tacit.federated.noise import public_generator
+from tacit.federated.task import Data, Records, Task
+
+__all__ = ["find_task"]
+
+_TEST_RECORDS = 360
+_PUBLIC_RECORDS = 90
+
+
+def find_task(name: str) -> Task:
+    """The task that a recipe names.
+
+    Raises:
+        ValueError: no such task; the message suggests one.
+
+    >>> find_task("digits").interface.shape
+    (1, 8, 8)
+    """
+    tasks = {"digits": _digits}
+    if name not in tasks:
+        near = get_close_matches(name, tasks, n=1)
+        raise ValueError(
+            f"expected a task among {', '.join(sorted(tasks))}, got task.name={name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return tasks[name]()
+
+
+def _digits() -> Task:
+    """1,797 real handwritten digits of 8x8 pixels (Alpaydin and Kaynak 1998), shipped with scikit-learn."""
+    interface = Interface(
+        shape=(1, 8, 8), scale=1 / 16, mean=(0.0,), std=(1.0,), labels=tuple("0123456789"), output="logits"
+    )
+
+    def load() -> Data:
+        from sklearn.datasets import load_digits
+
+        bundle = load_digits()
+        raw = bundle.images[:, None]  # (1797, 1, 8, 8), 0 to 16
+        records = Records(interface.preprocess(raw), bundle.target.astype(np.int64))
+        # The split is part of the task, not of a recipe: every run is judged on the same images.
+        order = public_generator(0, "digits split").permutation(len(records))
+        public_end = _TEST_RECORDS + _PUBLIC_RECORDS
+        return Data(
+            private=records.take(order[public_end:]),
+            public=records.inputs[order[_TEST_RECORDS:public_end]],
+            test=records.take(order[:_TEST_RECORDS]),
+            status="public-benchmark",
+        )
+
+    def build(parameters: Mapping[str, object]) -> nn.Module:
+        return cnn(shape=(1, 8, 8), classes=10, **parameters)  # type: ignore[arg-type]  # checked by the recipe
+
+    return Task(name="digits", title="Handwritten digits", interface=interface, load=load, build=build)

@@ -1,0 +1,77 @@
+"""Payloads that are ready to leave, kept until nobody can ask for them again.
+
+An owner that is asked twice for the same thing answers with the same bytes, which costs nothing; computing it again
+would be a second release. A file holds the payloads of one commit: a line of JSON (`{"round",
+"payloads": {key: length}}`), then the payloads one after another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tacit.devices.durable import write_durably
+
+__all__ = ["Outbox"]
+
+
+class Outbox:
+    """Payloads by reservation key, durable before they are sent."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the outbox, making its folder; what a crash left behind is found again."""
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        self._rounds: dict[str, int] = {}
+        self._places: dict[str, list[tuple[str, int, int]]] = {}
+        for path in sorted(folder.glob("*.out")):
+            with path.open("rb") as file:
+                header = file.readline()
+            self._index(path.name, json.loads(header), len(header))
+
+    def put(self, round_number: int, payloads: Mapping[str, bytes]) -> None:
+        """Stores payloads durably, with one fsync for all of them."""
+        if not payloads:
+            return
+        header = {"round": round_number, "payloads": {key: len(data) for key, data in payloads.items()}}
+        line = json.dumps(header).encode() + b"\n"
+        name = f"{round_number:06d}-{next(iter(payloads))[:16]}.out"
+        write_durably(self._folder / name, line + b"".join(payloads.values()), mode=0o600)
+        self._index(name, header, len(line))
+
+    def get(self, key: str, digest: str) -> bytes | None:
+        """The payload of a key that has this SHA-256, or None when it was never stored or has been discarded."""
+        for name, offset, length in self._places.get(key, []):
+            with (self._folder / name).open("rb") as file:
+                file.seek(offset)
+                payload = file.read(length)
+            if hashlib.sha256(payload).hexdigest() == digest:
+                return payload
+        return None
+
+    def discard_before(self, round_number: int) -> None:
+        """Forgets rounds that a durable checkpoint has made unaskable."""
+        for name in [name for name, stored in self._rounds.items() if stored < round_number]:
+            (self._folder / name).unlink(missing_ok=True)
+            self._forget(name)
+
+    def _index(self, name: str, header: Mapping[str, object], offset: int) -> None:
+        lengths = header["payloads"]
+        stored = header["round"]
+        if not isinstance(lengths, dict) or not isinstance(stored, int):
+            raise ValueError(f"expected an outbox file, got {self._folder / name}; move it away")
+        self._forget(name)
+        self._rounds[name] = stored
+        for key, length in lengths.items():
+            self._places.setdefault(key, []).append((name, offset, length))
+            offset += length
+
+    def _forget(self, name: str) -> None:
+        if self._rounds.pop(name, None) is None:
+            return
+        kept = {key: [place for place in places if place[0] != name] for key, places in self._places.items()}
+        self._places = {key: places for key, places in kept.items() if places}

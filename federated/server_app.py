@@ -1,0 +1,143 @@
+"""The Flower ServerApp: begin where the last checkpoint ended, run the rounds, keep what they gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from tacit.devices.durable import write_durably
+from tacit.federated.averaging import FederatedAveraging, from_record, to_record
+from tacit.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_weights
+from tacit.federated.mechanism import PrivacyRefused
+from tacit.federated.rounds import RoundReport, run_rounds
+from tacit.federated.train import Arrays
+
+__all__ = ["LedgerView", "ServerPlan", "make_server_app"]
+
+
+@dataclass(frozen=True)
+class LedgerView:
+    """What the server may know of the ledger.
+
+    Attributes:
+        head: the newest hash.
+        seen: whether a hash was ever the newest.
+        settled: called with a round whose model is durable: earlier payloads need not be kept.
+    """
+
+    head: Callable[[], str]
+    seen: Callable[[str], bool]
+    settled: Callable[[int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerPlan:
+    """What a server does.
+
+    Attributes:
+        folder: DIR/train.
+        recipe: SHA-256 of the resolved recipe.
+        initial: the untrained model.
+        run: the run's identity, sent to owners.
+        rounds: planned.
+        quorum: owners that a round needs.
+        strategy: a fresh one.
+        ledger: None without a guarantee, or when owners keep their own.
+        evaluate: accuracy of arrays on a public test split after a round, or None.
+        progress: told of each round and of notes.
+    """
+
+    folder: Path
+    recipe: str
+    initial: Arrays
+    run: str
+    rounds: int
+    quorum: int
+    strategy: FederatedAveraging
+    ledger: LedgerView | None
+    evaluate: Callable[[int, Arrays], float | None]
+    progress: Callable[[Mapping[str, object]], None]
+
+
+def make_server_app(find_plan: Callable[[Context], ServerPlan]) -> ServerApp:
+    """A ServerApp that carries out the plan that a context names."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        _serve(grid, find_plan(context))
+
+    return app
+
+
+def _serve(grid: Grid, plan: ServerPlan) -> None:
+    start = _begin(plan)
+    plan.strategy.velocity = dict(start.strategy) or None
+    history = [dict(row) for row in start.history]
+
+    def on_round(report: RoundReport, record: ArrayRecord) -> None:
+        arrays = from_record(record)
+        row: dict[str, object] = {
+            "round": report.round,
+            "accuracy": plan.evaluate(report.round, arrays),
+            "clients": report.clients,
+            "refusals": report.refusals,
+            "wall_s": round(report.wall_s, 4),
+        }
+        history.append(row)
+        save_checkpoint(
+            plan.folder / "checkpoint",
+            Checkpoint(
+                round=report.round,
+                arrays=arrays,
+                strategy=plan.strategy.velocity or {},
+                recipe=plan.recipe,
+                ledger_head=plan.ledger.head() if plan.ledger else "",
+                history=history,
+            ),
+        )
+        if plan.ledger:
+            plan.ledger.settled(report.round)
+        plan.progress(row)
+
+    final = run_rounds(
+        plan.strategy,
+        grid,
+        to_record(start.arrays),
+        rounds=plan.rounds,
+        first_round=start.round + 1,
+        quorum=plan.quorum,
+        config={"run": plan.run},
+        on_round=on_round,
+    )
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    write_durably(plan.folder / "rounds.jsonl", lines.encode())
+    write_weights(plan.folder / "weights.safetensors", from_record(final))
+
+
+def _begin(plan: ServerPlan) -> Checkpoint:
+    """The newest checkpoint, or round 0.
+
+    Raises:
+        ValueError: the checkpoint is another recipe's.
+        PrivacyRefused: the ledger is older than the checkpoint.
+    """
+    found, notes = load_checkpoint(plan.folder / "checkpoint")
+    for note in notes:
+        plan.progress({"note": note})
+    if found is None:
+        return Checkpoint(round=0, arrays=plan.initial, strategy={}, recipe=plan.recipe, ledger_head="", history=[])
+    if found.recipe != plan.recipe:
+        raise ValueError(f"expected a checkpoint of this recipe in {plan.folder}, got another's; use another folder")
+    if plan.ledger and not plan.ledger.seen(found.ledger_head):
+        raise PrivacyRefused(
+            f"expected a ledger that goes at least as far as round {found.round}, got an older one; "
+            "restore the newest ledger.jsonl: spent budget cannot be taken back"
+        )
+    plan.progress({"note": f"resumed after round {found.round}"})
+    return found

@@ -1,0 +1,137 @@
+"""How one owner learns: per-record gradients from Opacus, everything private from the mechanism."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tacit.federated.mechanism import Mechanism, refuse_mixing_layers
+from tacit.federated.noise import Randomness
+from tacit.federated.task import Records, Task
+
+if TYPE_CHECKING:
+    from opacus.grad_sample import GradSampleModule
+
+__all__ = ["Arrays", "LocalTrainer", "read_arrays", "write_arrays"]
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+class LocalTrainer:
+    """Takes an owner's local steps; one per process, because hooking a model takes longer than a step."""
+
+    def __init__(
+        self, task: Task, model: torch.nn.Module, mechanism: Mechanism, *, learning_rate: float, chunk: int = 256
+    ) -> None:
+        """Prepares a model.
+
+        Args:
+            task: gives the loss.
+            model: its weights are overwritten at each call.
+            mechanism: sampler, clip and noise.
+            learning_rate: of plain local SGD.
+            chunk: records whose gradients are held at once; a larger batch is taken in pieces, never cut.
+
+        Raises:
+            PrivacyRefused: a layer mixes records.
+        """
+        self._task, self._model, self._mechanism = task, model, mechanism
+        self._learning_rate, self._chunk = learning_rate, chunk
+        self._per_record = mechanism.private or math.isfinite(mechanism.max_grad_norm)
+        self._hooked: GradSampleModule | None = None
+        if self._per_record:
+            refuse_mixing_layers(model)
+            self._hooked = _hook(model)
+
+    def update(self, arrays: Arrays, records: Records, randomness: Randomness) -> Arrays:
+        """The model after this owner's steps: a function of noised gradients and public constants only.
+
+        Args:
+            arrays: the global model, by parameter name.
+            records: the owner's.
+            randomness: secret for a guarantee.
+
+        Returns:
+            Arrays of the same names and shapes.
+        """
+        read_arrays(self._model, arrays)
+        self._model.train()
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        for _ in range(self._mechanism.steps_per_round):
+            batch = records.take(self._mechanism.draw_batch(len(records), randomness))
+            steps = self._private_step(batch, parameters, randomness) if self._per_record else self._plain_step(batch)
+            with torch.no_grad():
+                for parameter, step in zip(parameters, steps, strict=True):
+                    parameter.sub_(step, alpha=self._learning_rate)
+        return write_arrays(self._model)
+
+    def _private_step(
+        self, batch: Records, parameters: Sequence[torch.nn.Parameter], randomness: Randomness
+    ) -> list[torch.Tensor]:
+        shapes = [parameter.shape for parameter in parameters]
+        return self._mechanism.noisy_mean(self._gradients(batch, parameters), shapes, randomness)
+
+    def _gradients(self, batch: Records, parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+        """Per-record gradients of a batch, in pieces of at most `chunk` records: per parameter (records, *shape)."""
+        model = self._hooked
+        if model is None:
+            raise RuntimeError("expected a hooked model for per-record gradients")
+        for start in range(0, len(batch), self._chunk):
+            piece = slice(start, start + self._chunk)
+            logits = model(torch.from_numpy(batch.inputs[piece]))
+            loss = self._task.loss(logits, torch.from_numpy(batch.labels[piece]))
+            with warnings.catch_warnings():
+                # Opacus hooks layers whose inputs, the records, need no gradient.
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            yield [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]  # set by Opacus' hooks
+            for parameter in parameters:
+                parameter.grad = None
+                parameter.grad_sample = None  # type: ignore[attr-defined]  # as above
+
+    def _plain_step(self, batch: Records) -> list[torch.Tensor]:
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        if len(batch) == 0:
+            return [torch.zeros_like(p) for p in parameters]
+        loss = self._task.loss(self._model(torch.from_numpy(batch.inputs)), torch.from_numpy(batch.labels))
+        return list(torch.autograd.grad(loss / len(batch), parameters))
+
+
+def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:
+    """Sets a model's float parameters and buffers; integer buffers stay as they are and never travel.
+
+    Raises:
+        ValueError: names or shapes that are not the model's.
+    """
+    state = _travelling(model)
+    if list(arrays) != list(state):
+        raise ValueError(f"expected arrays named {', '.join(state)}, got {', '.join(arrays)}")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if tuple(arrays[name].shape) != tuple(tensor.shape):
+                raise ValueError(f"expected {name} of shape {tuple(tensor.shape)}, got {tuple(arrays[name].shape)}")
+            tensor.copy_(torch.from_numpy(arrays[name]))
+
+
+def write_arrays(model: torch.nn.Module) -> Arrays:
+    """A model's float parameters and buffers, copied."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in _travelling(model).items()}
+
+
+def _travelling(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+
+
+def _hook(model: torch.nn.Module) -> GradSampleModule:
+    from opacus.grad_sample import GradSampleModule
+
+    # loss_reduction="sum": the loss is a sum over records, so grad_sample is each record's own gradient, unscaled.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return GradSampleModule(model, loss_reduction="sum")

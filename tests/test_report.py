@@ -1,0 +1,546 @@
+import base64
+import copy
+import doctest
+import hashlib
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tacit.edge import report
+from tacit.edge.report import write_report
+
+ADVERSARY = "honest-but-curious server and everyone who receives models"
+CORPUS = [
+    "<script>alert(1)</script>",
+    "</title></style></svg><script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)>' onmouseover='alert(1)",
+    "<svg/onload=alert(1)><foreignObject><iframe srcdoc='<script>alert(1)</script>'>",
+    "]]></text><script xlink:href='//evil.test/x.js'/><!--",
+    "javascript:alert(1)//`;}</style><style>@import 'https://evil.test/x.css';*{background:url(//evil.test)}",
+    "{{ 7 * 7 }}{% raw %}${7*7}#{7*7}",
+    r"$\frac{1}{$ \input{/etc/passwd} $x^2$ _hidden %s {0}",
+    "\u202egnp.exe\u2066 \x00\x08\x1b[31m \ud800 \ufffe & &lt; &#x3c;script&#x3e;",
+]
+
+
+def _latency(
+    p50_us: float, p90_us: float, *, memory_bytes: int, runtime: str, flags: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    interval = {"p50_us": [p50_us * 0.985, p50_us * 1.02], "p90_us": [p90_us * 0.97, p90_us * 1.04]}
+    timing = {"p50_us": p50_us, "p90_us": p90_us, "n": 4000, "ci": interval, "peak_memory_bytes": memory_bytes}
+    return {"local": {**timing, "flags": list(flags), "runtime": runtime}}
+
+
+def _variants() -> list[dict[str, Any]]:
+    ort, litert = "onnxruntime 1.32.0", "ai-edge-litert 2.3.0"
+    small, full = "static int8 (float I/O)", "full-integer int8"
+    rows = [
+        ("onnx-float32", "float32", 42440, 0.94, (1.0, 1e-6, 1.0), (20.1, 22.0, 61_234_567, ort)),
+        ("onnx-dynamic", "dynamic-range int8", 14812, 0.9389, (0.997, 0.081, 0.99987), (31.4, 36.2, 60_112_000, ort)),
+        ("onnx-small", small, 9120, 0.931, (0.983, 0.37, 0.99791), (14.2, 15.9, 58_900_000, ort)),
+        ("tflite-float32", "float32", 43012, 0.94, (1.0, 2e-6, 1.0), (11.9, 12.6, 34_234_567, litert)),
+        (
+            "tflite-dynamic",
+            "dynamic-range int8",
+            15260,
+            0.9361,
+            (0.994, 0.092, 0.9998),
+            (12.8, 14.0, 33_000_000, litert),
+        ),
+        ("tflite-small", full, 8744, 0.9278, (0.978, 0.41, 0.9971), (6.3, 7.1, 31_500_000, litert)),
+    ]
+    return [
+        {
+            "name": name,
+            "format": name.partition("-")[0],
+            "label": label,
+            "bytes": size_bytes,
+            "accuracy": accuracy,
+            "pruned": 0.5 if "small" in name else 0.0,
+            "parameters": 10026,
+            "parity": dict(zip(("top1_agreement", "max_abs", "cosine"), parity, strict=True)),
+            "data_use": "public" if "small" in name else "none",
+            "latency": _latency(p50, p90, memory_bytes=memory, runtime=runtime, flags=("noisy",) * (p50 > 30)),
+        }
+        for name, label, size_bytes, accuracy, parity, (p50, p90, memory, runtime) in rows
+    ]
+
+
+def _demo() -> dict[str, Any]:
+    ends, twin_ends = math.exp(-100 / 16), math.exp(-100 / 9)
+    return {
+        "schema_version": 1,
+        "task": "digits",
+        "title": "Handwritten digits",
+        "created": "2026-11-22T14:00:00Z",
+        "accuracy": 0.94,
+        "accuracy_without_privacy": 0.967,
+        "test_examples": 360,
+        "privacy": {
+            "unit": "record",
+            "relation": "add/remove",
+            "adversary": ADVERSARY,
+            "epsilon": 7.98,
+            "delta": 1e-5,
+            "accountant": "PLD (dp-accounting 0.6.0)",
+            "epsilon_rdp": 8.9,
+            "epsilon_prv": 7.99,
+            "epsilon_by_owner": {f"owner-{i:02d}": 7.98 - 0.35 * (i % 4 == 3) - 0.9 * (i == 6) for i in range(10)},
+            "noise_multiplier": 3.11,
+            "max_grad_norm": 1.0,
+            "sample_rate": 0.5,
+            "rounds": 100,
+            "steps_per_round": 1,
+            "participations_planned": 100,
+            "scope": "simulated",
+            "engine": "in-process sequential",
+            "server_adversary": "by design only",
+            "noise": "not hardened",
+            "data_status": "public-benchmark",
+            "ledger_head": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            "reopened": 0,
+            "channels": ["model update (noised)"],
+            "statement": "Simulated: one process held every owner's data. Noise not hardened.",
+        },
+        "training": {
+            "owners": 10,
+            "parameters": 10026,
+            "model": "cnn",
+            "rounds": [
+                {
+                    "round": r,
+                    "accuracy": None if r % 2 else 0.94 - 0.84 * (math.exp(-r / 16) - ends),
+                    "epsilon": 7.98 * math.sqrt(r / 100),
+                }
+                for r in range(1, 101)
+            ],
+            "twin": [{"round": r, "accuracy": 0.967 - 0.85 * (math.exp(-r / 9) - twin_ends)} for r in range(2, 101, 2)],
+        },
+        "variants": _variants(),
+        "failed": [{"stage": "compress", "name": "tflite-static", "reason": "the converter refused an operator"}],
+        "devices": {"local": {"cpu": "AMD EPYC 9R14", "cores": 2, "os": "Linux 6.18", "governor": None}},
+        "versions": {"tacit": "0.1.0", "python": "3.11.7", "torch": "2.13.0"},
+        "wall_s": {"train": 20.1, "compress": 12.0, "measure": 9.0, "report": 1.0},
+        "recipe": '[task]\nname = "digits"\n\n[privacy]\nepsilon = 8.0\n',
+    }
+
+
+class _Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and the text outside of the style element."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._open = tag
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self._open, []).append(data)
+        if self._open != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def _write(summary: dict[str, Any], folder: Path) -> str:
+    path = folder / "report.html"
+    write_report(summary, path)
+    return path.read_text(encoding="utf-8")
+
+
+def _page(summary: dict[str, Any], folder: Path) -> _Page:
+    return _Page(_write(summary, folder))
+
+
+def _poisoned(value: Any, payload: str, *, numbers: bool) -> Any:
+    """Return the summary with every string in it, and at will every number, replaced by the payload."""
+    if isinstance(value, dict):
+        free = {
+            "local",
+            "cpu",
+            "cores",
+            "os",
+            "governor",
+            "tacit",
+            "python",
+            "torch",
+            "train",
+            "compress",
+            "measure",
+            "report",
+        }
+        return {
+            (f"{key}{payload}" if key in free or key.startswith("owner-") else key): item
+            if key in ("schema_version", "noise", "unit", "format")
+            else _poisoned(item, payload, numbers=numbers)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_poisoned(item, payload, numbers=numbers) for item in value]
+    return payload if numbers or isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def demo_source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _write(_demo(), tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def demo(demo_source: str) -> _Page:
+    return _Page(demo_source)
+
+
+def test_the_headline_is_for_a_layperson(demo: _Page) -> None:
+    assert "This model reads handwritten digits with 94 % accuracy." in demo.text
+    assert "Ten owners, simulated on one machine, trained it together" in demo.text
+    assert "ε = 7.98 at δ = 1e-5." in demo.text
+
+
+def test_owners_that_really_kept_their_records_are_said_to_have(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["privacy"]["scope"] = "deployment"
+    text = _page(summary, tmp_path).text
+    assert "Ten owners trained it together without showing anyone a record; ε = 7.98 at δ = 1e-5." in text
+    assert "on one machine" not in text
+
+
+def test_the_same_summary_gives_the_same_bytes_whatever_the_user_set_in_matplotlib(
+    demo_source: str, tmp_path: Path
+) -> None:
+    with mpl.rc_context({"axes.labelsize": 31, "font.weight": "bold", "svg.fonttype": "path"}):
+        assert _write(_demo(), tmp_path) == demo_source
+        assert mpl.rcParams["axes.labelsize"] == 31
+
+
+def test_the_page_is_small_and_has_all_five_charts(demo_source: str, demo: _Page) -> None:
+    assert len(demo_source.encode()) < 200_000
+    charts = [attributes for tag, attributes in demo.elements if tag == "svg" and attributes.get("role") == "img"]
+    assert [c["aria-labelledby"] for c in charts] == [
+        f"{name}-title" for name in ("accuracy", "budget", "front-0", "latency-0", "owners")
+    ]
+    identifiers = [attributes["id"] for _, attributes in demo.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    assert {c["aria-labelledby"] for c in charts} <= set(identifiers)
+
+
+def test_every_reference_inside_a_chart_resolves(demo: _Page) -> None:
+    identifiers = {attributes.get("id") for _, attributes in demo.elements}
+    references = [a["href"] for _, a in demo.elements if a.get("href")]
+    references += [a["clip-path"][4:-1] for _, a in demo.elements if a.get("clip-path")]
+    assert references
+    assert {reference[1:] for reference in references if reference} <= identifiers
+
+
+def test_the_policy_forbids_scripts_and_network_and_allows_only_this_style(demo_source: str, demo: _Page) -> None:
+    policy = next(a["content"] for tag, a in demo.elements if tag == "meta" and a.get("http-equiv"))
+    style = re.search(r"<style>(.*?)</style>", demo_source, re.DOTALL)
+    assert policy is not None
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert policy.split("; ")[:3] == ["default-src 'none'", "script-src 'none'", f"style-src 'sha256-{digest}'"]
+    assert not [tag for tag, a in demo.elements if "style" in a or tag in ("script", "link", "img", "iframe", "object")]
+    assert "http://" not in demo_source
+    assert "https://" not in demo_source
+    assert "url(" not in style[1]
+
+
+def test_table_headers_have_a_scope(demo: _Page) -> None:
+    headers = [attributes for tag, attributes in demo.elements if tag == "th"]
+    assert len(headers) > 10
+    assert all(attributes.get("scope") in ("row", "col") for attributes in headers)
+
+
+def test_the_table_names_each_variant_with_its_honest_label_and_figures(demo: _Page) -> None:
+    for fact in (
+        "onnx · static int8 (float I/O)",
+        "21.5 % of its float32",
+        "\N{MINUS SIGN}0.9 pt to the float model",
+        "50 % pruned",
+    ):
+        assert fact in demo.text
+    for fact in (
+        "99.7 % same answer",
+        "max. difference 1e-6",
+        "cosine 0.99987",
+        "6.21 µs \N{EN DASH} 6.43 µs",
+        "61.2 MB",
+        "noisy",
+    ):
+        assert fact in demo.text
+    assert "the converter refused an operator" in demo.text
+
+
+def test_the_privacy_card_shows_every_field(demo: _Page) -> None:
+    privacy = _demo()["privacy"]
+    for key in (
+        "adversary",
+        "accountant",
+        "scope",
+        "engine",
+        "server_adversary",
+        "noise",
+        "data_status",
+        "ledger_head",
+        "statement",
+    ):
+        assert privacy[key] in demo.text
+    for fact in (
+        "8.90 at δ = 1e-5",
+        "7.99 at δ = 1e-5",
+        "noise multiplier 3.11",
+        "clipping norm 1",
+        "model update (noised)",
+    ):
+        assert fact in demo.text
+
+
+def test_no_epsilon_stands_without_delta_and_the_rest_of_the_guarantee(demo: _Page) -> None:
+    stated = re.findall(r"ε = \d", demo.text)
+    assert len(stated) >= 3
+    assert len(re.findall(r"ε = [\d.]+ at δ = 1e-5", demo.text)) == len(stated)
+    card = demo.text[demo.text.index("Privacy, the highest owner") :]
+    said = f"ε = 7.98 at δ = 1e-5 · unit: record · neighbours: add/remove · adversary: {ADVERSARY} · accountant: PLD"
+    assert said in card[:300]
+
+
+def test_owners_are_a_maximum_and_a_distribution_never_a_mean(demo: _Page) -> None:
+    assert "Highest 7.98, median 7.98, lowest 7.08, 10 owners" in demo.text
+    assert not re.search(r"\b(mean|average|total|sum)\b", demo.text)
+    mean = sum(_demo()["privacy"]["epsilon_by_owner"].values()) / 10
+    assert f"{mean:.2f}" not in demo.text
+
+
+def test_five_thousand_owners_and_rounds_stay_under_a_megabyte(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["privacy"]["epsilon_by_owner"] = {f"owner-{i}": 1 + i / 1000 for i in range(5000)}
+    summary["training"]["rounds"] = [{"round": r, "accuracy": r % 7 / 7, "epsilon": r / 900} for r in range(1, 5001)]
+    source = _write(summary, tmp_path)
+    assert len(source.encode()) < 1_000_000
+    text = _Page(source).text
+    assert "owner-4999: 6.00" in text
+    assert "and 4800 lower ones" in text
+
+
+@pytest.mark.parametrize("payload", CORPUS)
+def test_no_string_of_the_summary_becomes_markup(payload: str, demo: _Page, tmp_path: Path) -> None:
+    page = _page(_poisoned(_demo(), payload, numbers=False), tmp_path)
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in demo.elements}
+    known = {name for _, attributes in demo.elements for name in attributes}
+    assert {name for _, attributes in page.elements for name in attributes} <= known
+    assert page.texts["pre"][0] == report._UNPRINTABLE.sub("\ufffd", payload)
+    drawn = report._short(report._UNPRINTABLE.sub("\ufffd", payload))
+    assert any(text.startswith(drawn) for text in page.texts["text"]), "the name is not drawn as it is"
+
+
+@pytest.mark.parametrize("payload", CORPUS[:3])
+def test_strings_in_the_place_of_numbers_are_not_measured(payload: str, demo: _Page, tmp_path: Path) -> None:
+    page = _page(_poisoned(_demo(), payload, numbers=True), tmp_path)
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in demo.elements}
+    assert "Its accuracy is not measured." in page.text
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(max_size=12))
+def test_any_variant_name_can_be_drawn(name: str, tmp_path: Path) -> None:
+    summary = {"schema_version": 1, "variants": [{**_variants()[0], "name": name}]}
+    page = _page(summary, tmp_path)
+    assert [tag for tag, _ in page.elements].count("svg") == 2
+
+
+def test_a_summary_of_a_version_alone_reads_not_measured(tmp_path: Path) -> None:
+    page = _page({"schema_version": 1}, tmp_path)
+    assert "Its accuracy is not measured." in page.text
+    assert "No privacy guarantee" in page.text
+    assert "No variant was made." in page.text
+    assert "svg" not in {tag for tag, _ in page.elements}
+    assert "None" not in page.text
+
+
+def test_null_measurements_read_not_measured(tmp_path: Path) -> None:
+    summary = _demo() | {"accuracy": None, "accuracy_without_privacy": None}
+    summary["training"]["twin"] = None
+    summary["variants"] = [{**v, "accuracy": None, "parity": None, "latency": {}} for v in summary["variants"]]
+    summary["privacy"]["epsilon_prv"] = None
+    page = _page(summary, tmp_path)
+    assert "Its accuracy is not measured." in page.text
+    assert "No twin without noise was trained." in page.text
+    assert "Latency is not measured." in page.text
+    assert "not cross-checked" in page.text
+    cells = [t for t in page.texts["td"] if "not measured" in t]
+    assert len(cells) == 6 * 5  # accuracy, agreement, p50, p90 and memory of six variants
+    assert "None" not in page.text
+
+
+def test_each_device_has_charts_of_its_own_and_a_line_in_the_table(tmp_path: Path) -> None:
+    summary = _demo()
+    slow = {"p50_us": 900.0, "p90_us": None, "ci": None, "peak_memory_bytes": None, "flags": [], "runtime": "LiteRT"}
+    summary["variants"][0]["latency"]["phone"] = slow
+    page = _page(summary, tmp_path)
+    assert "Size, latency and accuracy on phone" in page.text
+    assert "Latency by runtime on local" in page.text
+    assert "on phone 900 µs" in page.text
+    assert [tag for tag, a in page.elements if tag == "svg" and a.get("role") == "img"] == ["svg"] * 7
+
+
+def test_numbers_that_are_not_finite_read_not_measured(tmp_path: Path) -> None:
+    summary = _demo() | {"accuracy": math.nan}
+    summary["variants"][0] |= {"accuracy": math.inf, "bytes": None}
+    text = _page(summary, tmp_path).text
+    assert "Its accuracy is not measured." in text
+    assert not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_a_run_without_privacy_says_so_and_shows_no_epsilon(tmp_path: Path) -> None:
+    summary = _demo() | {"privacy": {"unit": "none"}}
+    for entry in summary["training"]["rounds"]:
+        entry["epsilon"] = None
+    page = _page(summary, tmp_path)
+    assert "trained it together with no privacy guarantee." in page.text
+    assert "ε" not in page.text
+    assert ("div", {"class": "banner"}) in page.elements
+
+
+@pytest.mark.parametrize("noise", ["VOID", "VOID (--unsafe-seed 7)"])
+def test_a_void_run_shows_an_unmissable_banner_and_claims_nothing(noise: str, tmp_path: Path) -> None:
+    summary = _demo()
+    summary["privacy"]["noise"] = noise
+    page = _page(summary, tmp_path)
+    assert ("div", {"class": "banner void", "role": "alert"}) in page.elements
+    assert page.text.startswith("Guarantee void: Handwritten digits")
+    head = page.text[: page.text.index("How it learned")]
+    assert "the privacy guarantee is void" in head
+    assert "With secret noise it would be ε = 7.98" in head
+    assert head.count("ε = 7.98") == 1
+
+
+def test_a_run_that_is_not_void_has_no_such_banner(demo: _Page) -> None:
+    assert not re.search("void", demo.text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "expected schema_version 1, got schema_version=2"),
+        ({"variants": "six"}, "expected variants as a list of objects, got variants='six'"),
+        ({"failed": ["x"]}, "expected failed as a list of objects"),
+        ({"privacy": []}, "expected privacy as an object"),
+    ],
+)
+def test_a_summary_of_another_shape_is_refused_before_anything_is_written(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(_demo() | change, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_is_left_as_it_was(tmp_path: Path) -> None:
+    summary = _demo()
+    before = copy.deepcopy(summary)
+    write_report(summary, tmp_path / "report.html")
+    assert summary == before
+    assert _write(json.loads(json.dumps(summary)), tmp_path) == (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@given(bound=st.floats(min_value=0, max_value=1e6))
+def test_a_printed_epsilon_is_never_below_the_true_one(bound: float) -> None:
+    assert bound - 1e-8 <= float(report.epsilon(bound)) <= bound + 0.010001
+
+
+@given(share=st.floats(min_value=0, max_value=1))
+def test_only_a_perfect_share_reads_a_hundred_percent(share: float) -> None:
+    assert (report.percent(share) == "100\u00a0%") == (share == 1)
+
+
+@pytest.mark.parametrize(
+    ("hits", "examples", "low", "high"),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_of_an_accuracy_is_wilsons(hits: int, examples: int, low: float, high: float) -> None:
+    assert report._wilson(hits / examples, examples) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("size_bytes", "text"), [(0, "0 B"), (999, "999 B"), (42440, "42.4 kB"), (999_600, "1 MB")])
+def test_sizes_are_decimal_with_three_digits(size_bytes: int, text: str) -> None:
+    assert report.size(size_bytes).replace("\u00a0", " ") == text
+
+
+@given(heights=st.lists(st.floats(min_value=0, max_value=500), max_size=8))
+def test_spread_labels_keep_their_distance_and_order(heights: list[float]) -> None:
+    moved = sorted(h + shift for h, shift in zip(heights, report._spread(heights, gap=14), strict=True))
+    assert all(b - a >= 14 - 1e-6 for a, b in itertools.pairwise(moved))
+
+
+def _themes() -> Iterator[dict[str, str]]:
+    css = (Path(report.__file__).with_name("templates") / "report.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    for block in blocks[:2]:
+        yield dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+
+
+def _contrast(one: str, other: str) -> float:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", list(_themes()), ids=["light", "dark"])
+def test_every_text_colour_has_a_contrast_of_four_and_a_half(theme: dict[str, str]) -> None:
+    on_both = ["ink", "muted", "series-0", "series-1", "series-2", "series-3"]
+    pairs = [(text, ground) for text in on_both for ground in ("page", "card")]
+    for text, ground in [*pairs, ("on-alarm", "alarm"), ("warn-ink", "warn")]:
+        assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
+
+
+def test_the_style_recolours_every_colour_that_the_charts_use(demo_source: str) -> None:
+    light = next(_themes())
+    assert list(report._SERIES) == [light[f"series-{i}"] for i in range(4)]
+    assert (light["ink"], light["line"]) == (report._INK, report._GRID)
+    drawn = set(re.findall(r'(?:fill|stroke)="(#\w+)"', demo_source))
+    assert drawn <= {report._INK, report._GRID, *report._SERIES}
+    for color in (report._GRID, *report._SERIES):
+        assert f'[fill="{color}"]' in demo_source
+        assert f'[stroke="{color}"]' in demo_source
+
+
+def test_importing_the_report_loads_neither_matplotlib_nor_jinja_and_writing_never_loads_pyplot(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from tacit.edge.report import write_report\n"
+        "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
+        "twin = [{'round': 1, 'accuracy': 1}]\n"
+        "write_report({'schema_version': 1, 'training': {'twin': twin}}, pathlib.Path('report.html'))\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    source = Path(report.__file__).parent.parent
+    root = next(p for p in [source.parent, source / ".src", *sys.path] if (Path(p) / "tacit" / "__init__.py").exists())
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(root)})
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(report) == (0, 2)
