@@ -77,8 +77,26 @@ _FORMATS: Mapping[str, _Toolchain] = {
 }
 
 
+def export_float(artifact_format: Format, shaped: Shaped, material: Material, path: Path) -> None:
+    """Export a shaped model as float32; every quantised variant of it in this format begins here.
+
+    Args:
+        artifact_format: "onnx" or "tflite".
+        shaped: From `passes.apply_passes`.
+        material: The example input.
+        path: The file to write.
+    """
+    _FORMATS[artifact_format].export(shaped.model, material.example_inputs, path)
+
+
 def build_variant(
-    spec: VariantSpec, shaped: Shaped, material: Material, folder: Path, *, stamp: Mapping[str, str]
+    spec: VariantSpec,
+    shaped: Shaped,
+    material: Material,
+    folder: Path,
+    *,
+    stamp: Mapping[str, str],
+    exported: Path | None = None,
 ) -> dict[str, object]:
     """Export, quantise and stamp a variant into `folder`, which appears whole or not at all.
 
@@ -91,6 +109,7 @@ def build_variant(
         material: The example input, and public inputs to calibrate static int8 with.
         folder: Replaced if it exists; its parent is made if need be.
         stamp: Written into the artifact, for example the digest of `privacy.json`.
+        exported: What `export_float` wrote for `shaped` in this format; exported here when None.
 
     Returns:
         The content of `variant.json`.
@@ -112,7 +131,7 @@ def build_variant(
         built.mkdir()
         plans.save(built, shaped.model, shaped.plan)
         artifact = built / f"model.{spec.format}"
-        _write_artifact(spec, shaped, material, artifact)
+        _write_artifact(spec, material, artifact, exported or _exported(spec, shaped, material, scratch))
         _FORMATS[spec.format].stamp(artifact, stamp)
         description = _describe(spec, shaped, artifact, stamp)
         text = json.dumps(description, indent=1) + "\n"
@@ -125,18 +144,20 @@ def build_variant(
     return description
 
 
-def _write_artifact(spec: VariantSpec, shaped: Shaped, material: Material, artifact: Path) -> None:
+def _exported(spec: VariantSpec, shaped: Shaped, material: Material, scratch: Path) -> Path:
+    path = scratch / f"float.{spec.format}"
+    export_float(spec.format, shaped, material, path)
+    return path
+
+
+def _write_artifact(spec: VariantSpec, material: Material, artifact: Path, exported: Path) -> None:
     tools, label = _FORMATS[spec.format], label_of(spec.passes)
     if label == "float32":
-        tools.export(shaped.model, material.example_inputs, artifact)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        exported = Path(scratch) / artifact.name
-        tools.export(shaped.model, material.example_inputs, exported)
-        if label == "dynamic-range int8":
-            tools.dynamic_int8(exported, artifact)
-        else:
-            tools.static_int8(exported, artifact, require_public(spec.passes[-1], material).numpy())
+        shutil.copyfile(exported, artifact)
+    elif label == "dynamic-range int8":
+        tools.dynamic_int8(exported, artifact)
+    else:
+        tools.static_int8(exported, artifact, require_public(spec.passes[-1], material).numpy())
 
 
 def _describe(spec: VariantSpec, shaped: Shaped, artifact: Path, stamp: Mapping[str, str]) -> dict[str, object]:

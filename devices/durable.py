@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tacit.devices.failpoint import reach
+
 __all__ = ["sync_folder", "write_durably"]
 
 
@@ -35,10 +37,12 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reach("durable.before_rename")
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    reach("durable.after_rename")
     sync_folder(path.parent)
 
 

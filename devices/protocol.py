@@ -1,8 +1,6 @@
-"""Plans what to ask a device, checks its answers, and judges what the samples support."""
+"""Plans what to ask a device, asks it, and judges what the samples support."""
 
 import hashlib
-import math
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tacit.devices.answers import Timed, believe_facts, believe_memory, believe_timings
 from tacit.devices.runtime import InputLayout, RuntimeName, identify
 from tacit.devices.sandbox import ArtifactRefused
 from tacit.devices.statistics import (
@@ -32,12 +31,7 @@ _NOISY_CV = 0.10
 _DRIFTING = 0.05
 _STEAL_SHARE = 0.02
 _LIMIT_MARGIN_S = 30.0  # to start Python, import a runtime and load models on a slow board
-_MAX_BYTES = 1 << 50
-_MAX_SAMPLES = 5_000_000
-_MAX_FACTS = 64
 _REFUSALS = (ArtifactRefused, FileNotFoundError, ModuleNotFoundError)
-_FACT = re.compile(r"[a-z0-9_]{1,40}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 class Device(Protocol):
@@ -120,13 +114,6 @@ class _Placed:
             "threads": 1,
             "sha256": self.sha256,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Timed:
-    samples_ns: npt.NDArray[np.int64]  # (n,), in order of time
-    runs_per_sample: int
-    steal_share: float | None
 
 
 def plan(mode: Mode) -> Plan:
@@ -224,7 +211,7 @@ def measure(
     if inputs.dtype != np.float32 or inputs.ndim < 2 or not len(inputs):
         found = f"inputs of {inputs.dtype} {inputs.shape}"
         raise ValueError(f"expected float32 inputs (n, *shape), n >= 1, got {found}; use Interface.preprocess")
-    facts = _flat(device.facts())
+    facts = believe_facts(device.facts())
     remote_inputs = _put_inputs(device, inputs[:_MAX_INPUTS])
     placed, failed = [], {}
     for artifact in artifacts:
@@ -272,17 +259,18 @@ def _place(device: Device, artifact: Artifact, remote_inputs: str) -> _Placed:
     started_s = time.monotonic()
     answer = device.run(request)
     wall_ns = int((time.monotonic() - started_s) * 1e9)
+    memory = believe_memory(answer, wall_ns)
     return replace(
         placed,
-        peak_memory_bytes=_integer(answer, "peak_memory_bytes", low=0, high=_MAX_BYTES) or None,
-        baseline_memory_bytes=_integer(answer, "baseline_bytes", low=0, high=_MAX_BYTES) or None,
-        load_us=_integer(answer, "load_ns", low=1, high=wall_ns) / 1000,
+        peak_memory_bytes=memory.peak_bytes,
+        baseline_memory_bytes=memory.baseline_bytes,
+        load_us=memory.load_ns / 1000,
     )
 
 
 def _time_group(
     device: Device, group: list[_Placed], remote_inputs: str, schedule: Plan
-) -> tuple[dict[str, _Timed], dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Timed], dict[str, Any], dict[str, str]]:
     """Time artifacts together; if that fails, each alone, to find out whose fault it is."""
     request = {
         "op": "time",
@@ -294,12 +282,12 @@ def _time_group(
     started_s = time.monotonic()
     try:
         answer = device.run(request)
-        timed = _check_timing(answer, [item.artifact.name for item in group], time.monotonic() - started_s)
+        timed = believe_timings(answer, [item.artifact.name for item in group], time.monotonic() - started_s)
     except _REFUSALS as error:
         if len(group) == 1:
             return {}, {}, {group[0].artifact.name: str(error)}
     else:
-        return timed, {moment: _flat(answer.get(moment)) for moment in ("before", "after")}, {}
+        return timed, {moment: believe_facts(answer.get(moment)) for moment in ("before", "after")}, {}
     alone = [_time_group(device, [item], remote_inputs, schedule) for item in group]
     return (
         {name: timed for timings, _, _ in alone for name, timed in timings.items()},
@@ -308,11 +296,11 @@ def _time_group(
     )
 
 
-def _results(group: list[_Placed], timed: dict[str, _Timed]) -> dict[str, dict[str, Any]]:
+def _results(group: list[_Placed], timed: dict[str, Timed]) -> dict[str, dict[str, Any]]:
     return {item.artifact.name: _result(item, timed[item.artifact.name], group[0], timed) for item in group}
 
 
-def _result(item: _Placed, timing: _Timed, first: _Placed, timed: dict[str, _Timed]) -> dict[str, Any]:
+def _result(item: _Placed, timing: Timed, first: _Placed, timed: dict[str, Timed]) -> dict[str, Any]:
     latency = judge(timing.samples_ns, runs_per_sample=timing.runs_per_sample, steal_share=timing.steal_share)
     ordered_us = np.sort(timing.samples_ns) / 1000
     picks = np.linspace(0, len(ordered_us) - 1, min(len(ordered_us), _PLOT_POINTS)).round().astype(int)
@@ -330,51 +318,3 @@ def _result(item: _Placed, timing: _Timed, first: _Placed, timed: dict[str, _Tim
         "relative": None if ratio is None else {"to": first.artifact.name, **asdict(ratio)},
         "samples_us": ordered_us[picks].tolist(),
     }
-
-
-def _check_timing(answer: dict[str, Any], names: list[str], wall_s: float) -> dict[str, _Timed]:
-    """Believe a device no more than its own wall-clock time allows."""
-    models = answer.get("models")
-    if not isinstance(models, dict) or set(models) != set(names):
-        raise ArtifactRefused(f"expected timings of {names} from the device, got others; measure again")
-    steal_share = answer.get("steal_share")
-    if steal_share is not None and not (isinstance(steal_share, int | float) and 0 <= steal_share <= 1):
-        raise ArtifactRefused("expected steal_share between 0 and 1 from the device, got another value; measure again")
-    wall_ns = int(wall_s * 1e9)
-    timed = {name: _check_samples(models[name], wall_ns, steal_share) for name in names}
-    claimed_ns = sum(int(entry.samples_ns.sum()) * entry.runs_per_sample for entry in timed.values())
-    if claimed_ns > wall_ns:
-        raise ArtifactRefused(
-            f"expected at most {wall_s:.3f} s of timed work, got claimed_s={claimed_ns / 1e9:.3f}; "
-            "do not trust this device's clock or agent"
-        )
-    return timed
-
-
-def _check_samples(entry: object, wall_ns: int, steal_share: float | None) -> _Timed:
-    samples = entry.get("samples_ns") if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or not isinstance(samples, list) or not 0 < len(samples) <= _MAX_SAMPLES:
-        raise ArtifactRefused(f"expected a list of 1 to {_MAX_SAMPLES} samples_ns from the device; measure again")
-    if not all(type(sample) is int and 0 < sample <= wall_ns for sample in samples):
-        raise ArtifactRefused("expected positive integer samples_ns within the wall-clock time; measure again")
-    runs_per_sample = _integer(entry, "runs_per_sample", low=1, high=10**6)
-    return _Timed(samples_ns=np.array(samples), runs_per_sample=runs_per_sample, steal_share=steal_share)
-
-
-def _integer(answer: dict[str, Any], key: str, *, low: int, high: int) -> int:
-    value = answer.get(key)
-    if type(value) is not int or not low <= value <= high:
-        raise ArtifactRefused(f"expected {key} from {low} to {high} from the device, got another value; measure again")
-    return value
-
-
-def _flat(facts: object) -> dict[str, str | int | float | None]:
-    """Keep what a report may show of a device's own words: few, flat, short and without control characters."""
-    kept: dict[str, str | int | float | None] = {}
-    for key, value in list(facts.items())[:_MAX_FACTS] if isinstance(facts, dict) else []:
-        if isinstance(key, str) and _FACT.fullmatch(key):
-            if isinstance(value, str):
-                kept[key] = _CONTROL.sub(" ", value)[:200]
-            elif value is None or (isinstance(value, int | float) and math.isfinite(value)):
-                kept[key] = value
-    return kept

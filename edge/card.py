@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tacit.edge.recipe import Recipe
 from tacit.edge.run_folder import RunFolder
 from tacit.federated.accounting import Event, epsilon_pld, spend
 from tacit.federated.checkpoint import read_weights
@@ -75,7 +74,7 @@ def privacy_card(
         "releases_failed": sum(account.failed for account in accounts),
         "reopened": sum(account.reopened for account in accounts),
         "scope": "simulated",
-        "engine": f"in-process {folder.recipe.federated.engine}",
+        "engine": _engine(folder),
         "server_adversary": "by design only",
         "noise": "not hardened",
         "randomness": "secret, from the operating system; no seed",
@@ -89,14 +88,19 @@ def privacy_card(
     }
 
 
-def no_privacy_card(recipe: Recipe) -> dict[str, object]:
+def no_privacy_card(folder: RunFolder) -> dict[str, object]:
     """The card of a run that claims nothing."""
     return {
         "unit": "none",
-        "engine": f"in-process {recipe.federated.engine}",
+        "engine": _engine(folder),
         "scope": "simulated",
         "statement": "No privacy guarantee: updates left their owners as computed.",
     }
+
+
+def _engine(folder: RunFolder) -> str:
+    by_flower = not (folder.path / "ledger.jsonl").is_file() and any(folder.path.glob("owners/*/ledger.jsonl"))
+    return "flwr run" if by_flower else f"in-process {folder.recipe.federated.engine}"
 
 
 def summarise(folder: RunFolder) -> dict[str, object]:

@@ -26,7 +26,7 @@ from tacit.federated.server_app import LedgerView, ServerPlan, make_server_app
 from tacit.federated.task import Data, Model, Task, accuracy, initial_model
 from tacit.federated.train import Arrays, LocalTrainer, read_arrays, write_arrays
 
-__all__ = ["Composition", "client_app", "compose", "server_app", "train_in_process"]
+__all__ = ["Composition", "client_app", "compose", "mechanism_of", "server_app", "train_in_process"]
 
 Report = Callable[[Mapping[str, object]], None]
 Role = Literal["private", "twin"]
@@ -72,7 +72,7 @@ def compose(recipe: Recipe, folder: Path, *, role: Role = "private", gate: Calla
     torch.set_num_threads(1)  # sums in the same order on every machine, and owners that do not fight over cores
     task = find_task(recipe.task.name)
     model = build_model(recipe)
-    mechanism = _mechanism(recipe, role)
+    mechanism = mechanism_of(recipe, role)
     trainer = LocalTrainer(task, model, mechanism, learning_rate=recipe.federated.learning_rate)
     data = task.load()
     shares = _shares(recipe, data)
@@ -192,7 +192,8 @@ def _server_plan(
     )
 
 
-def _mechanism(recipe: Recipe, role: Role) -> Mechanism:
+def mechanism_of(recipe: Recipe, role: Role = "private") -> Mechanism:
+    """The mechanism that a recipe's constants come to; calibrating its noise takes about a second."""
     privacy, federated = recipe.privacy, recipe.federated
     unlimited = math.inf if privacy.max_grad_norm is None else privacy.max_grad_norm
     if role == "twin" or privacy.unit == "none":

@@ -7,19 +7,17 @@ summary = run("digits", "runs/digits")
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tacit.devices.failpoint import reach
 from tacit.edge.progress import Progress, Silent
 from tacit.edge.recipe import Recipe, RecipeInvalid, load_recipe
 from tacit.edge.run_folder import FolderMismatch, RunFolder
+from tacit.edge.twin import Twin
 
 if TYPE_CHECKING:
     from tacit.compression.variant import VariantSpec
@@ -62,6 +60,7 @@ def run(
         _check(folder)
         twin = _train(folder, shown)
         try:
+            _state_privacy(folder)
             _compress(folder, shown, again=False)
             twin.wait(shown)
         finally:
@@ -82,7 +81,7 @@ def train(out: str | Path, *, progress: Progress | None = None) -> dict[str, obj
             twin.wait(shown)
         finally:
             twin.stop()
-        return folder.read_json("privacy.json") or {}
+        return _state_privacy(folder)
 
 
 def compress(out: str | Path, *, progress: Progress | None = None) -> dict[str, str]:
@@ -127,6 +126,7 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 def _need_training(folder: RunFolder) -> None:
     if not folder.trained:
         raise FolderMismatch(f"expected a trained run in {folder.path}, got none; `tacit train {folder.path}` first")
+    _state_privacy(folder)
 
 
 def _check(folder: RunFolder) -> None:
@@ -160,89 +160,44 @@ def _specs(recipe: Recipe) -> list[VariantSpec]:
     return specs
 
 
-def _train(folder: RunFolder, progress: Progress) -> _Twin:
-    from tacit.edge.card import no_privacy_card, privacy_card
+def _train(folder: RunFolder, progress: Progress) -> Twin:
     from tacit.edge.flower_app import train_in_process
 
-    recipe = folder.recipe
-    twin = _Twin(folder)
-    if folder.trained and folder.read_json("privacy.json") is not None:
-        return twin
-    with _timed(folder, "train"):
-        progress.begin("train", recipe.federated.rounds)
+    twin = Twin(folder)
+    if not folder.trained:
+        with _timed(folder, "train"):
+            progress.begin("train", folder.recipe.federated.rounds)
 
-        def on_row(row: Mapping[str, object]) -> None:
-            folder.log("round", **row)
-            if "note" in row:
-                progress.note(str(row["note"]))
-            else:
-                progress.step(int(str(row["round"])), f"accuracy {_percent(row['accuracy'])}")
+            def on_row(row: Mapping[str, object]) -> None:
+                folder.log("round", **row)
+                if "note" in row:
+                    progress.note(str(row["note"]))
+                else:
+                    progress.step(int(str(row["round"])), f"accuracy {_percent(row['accuracy'])}")
 
-        composition = train_in_process(recipe, folder.path, run=folder.run, report=on_row)
-        card = no_privacy_card(recipe)
-        if composition.mechanism.private:
-            passes = [f"{s.name}: {p.name} ({p.data_use} data)" for s in _specs(recipe) for p in s.passes]
-            status = composition.data.status
-            card = privacy_card(folder, composition.mechanism, data_status=status, passes=passes)
-        folder.write_json(card, "privacy.json")
-        progress.end(privacy_line(card))
+            train_in_process(folder.recipe, folder.path, run=folder.run, report=on_row)
+            progress.end(privacy_line(_state_privacy(folder)))
     return twin
 
 
-class _Twin:
-    """The same training without noise, in a second process on the other core, to show what privacy costs."""
+def _state_privacy(folder: RunFolder) -> dict[str, object]:
+    """The privacy card, fixed once the last private access is over; artifacts are stamped with its digest."""
+    from tacit.edge.card import no_privacy_card, privacy_card
+    from tacit.edge.flower_app import mechanism_of
+    from tacit.federated.datasets import find_task
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Starts it, where the recipe asks for one, every split is a public benchmark, and it is not there yet."""
-        from tacit.federated.datasets import find_task
-
-        recipe = folder.recipe
-        self._log = folder.path / "twin.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        wanted = recipe.report.twin and recipe.privacy.unit != "none"
-        if not wanted or (folder.train / "twin" / "weights.safetensors").is_file():
-            return
-        if find_task(recipe.task.name).load().status != "public-benchmark":
-            return
-        code = "import sys; from tacit.edge.pipeline import train_twin; train_twin(sys.argv[1], int(sys.argv[2]))"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(folder.path), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def wait(self, progress: Progress) -> None:
-        """Waits for it: a measurement beside it would measure both."""
-        if self._process is None:
-            return
-        if self._process.wait() != 0:
-            progress.note(f"the twin without noise failed, the report goes without it; see {self._log}")
-        else:
-            self._log.unlink(missing_ok=True)
-        self._process = None
-
-    def stop(self) -> None:
-        """Ends it, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-def train_twin(path: str, parent: int) -> None:
-    """Entry point of the twin's process; it ends with its parent."""
-    from tacit.edge.flower_app import train_in_process
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
-
-    def on_row(_: Mapping[str, object]) -> None:
-        if os.getppid() != parent:
-            sys.exit(1)
-
-    folder = Path(path)
-    train_in_process(load_recipe(folder / "recipe.toml"), folder, run="twin", report=on_row, role="twin")
+    card = folder.read_json("privacy.json")
+    if card is not None:
+        return card
+    recipe = folder.recipe
+    mechanism = mechanism_of(recipe)
+    card = no_privacy_card(folder)
+    if mechanism.private:
+        passes = [f"{s.name}: {p.name} ({p.data_use} data)" for s in _specs(recipe) for p in s.passes]
+        card = privacy_card(folder, mechanism, data_status=find_task(recipe.task.name).load().status, passes=passes)
+    reach("train.before_card")
+    folder.write_json(card, "privacy.json")
+    return card
 
 
 def _compress(folder: RunFolder, progress: Progress, *, again: bool) -> dict[str, str]:
@@ -284,6 +239,7 @@ def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool)
         mode = folder.recipe.devices.mode
         with LocalDevice() as local:
             result = measure_artifacts(local, artifacts, inputs[:64], mode=mode, progress=progress.note)
+        reach("measure.before_write")
         folder.write_json(result, "measure", f"{device}.json")
         progress.end(f"{len(result['artifacts'])} of {len(artifacts)} artifacts on {device}")
         return result
@@ -303,6 +259,7 @@ def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
     with _timed(folder, "report"):
         progress.begin("report", 1)
         summary = summarise(folder)
+        reach("report.before_write")
         write_report(summary, folder.path / "report.html")
     summary = {**summary, "wall_s": folder.wall_s()}
     folder.write_json(summary, "summary.json")

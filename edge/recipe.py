@@ -60,9 +60,9 @@ class FederatedTable(_Table):
     owners: Count = 10
     partition: Literal["dirichlet", "iid"] = "dirichlet"
     alpha: Positive = 0.5
-    rounds: Count = 100
+    rounds: Count = 80
     local_steps: Count = 1
-    learning_rate: Positive = 0.2
+    learning_rate: Positive = 0.25
     strategy: Literal["fedavg", "fedavgm"] = "fedavgm"
     server_learning_rate: Positive = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.9
@@ -80,7 +80,7 @@ class PrivacyTable(_Table):
     noise_multiplier: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     max_grad_norm: Positive | None = None
-    sample_rate: Probability = 0.5
+    sample_rate: Probability = 0.4
     reference_size: Count = 128
 
 
@@ -150,6 +150,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(source)
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:  # UTF-16 without its mark is valid UTF-8
+            raise RecipeInvalid("expected UTF-8 text, got a NUL character; save the file as UTF-8", str(path))
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(path, str(error)) from None
@@ -157,9 +159,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeInvalid("expected UTF-8 text; save the file as UTF-8", str(path)) from None
     for override in overrides:
         _apply(content, override)
-    if path.parent != BUILT_IN and "variants" not in content.get("compression", {}):
+    compression = content.setdefault("compression", {})
+    if isinstance(compression, dict) and "variants" not in compression:
         built_in = tomllib.loads((BUILT_IN / "digits.toml").read_text(encoding="utf-8"))
-        content.setdefault("compression", {})["variants"] = built_in["compression"]["variants"]
+        compression["variants"] = built_in["compression"]["variants"]
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -227,9 +230,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise RecipeInvalid(f"expected a table, got the value {table!r}", f"--set {override}")
     try:
-        content[last] = tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        content[last] = value
+        parsed = {"value": value}
+    if len(parsed) > 1:
+        raise RecipeInvalid("expected one value, got several lines", f"--set {override!r}")
+    content[last] = parsed["value"]
 
 
 def _syntax_error(path: Path, message: str) -> RecipeInvalid:
@@ -244,16 +250,24 @@ def _first_error(error: ValidationError, text: str, path: Path, overrides: Seque
     first = error.errors()[0]
     location = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
-    overridden = [o for o in overrides if o.partition("=")[0].strip() == key]
+    overridden = [o for o in overrides if _overlap(o.partition("=")[0].strip(), key)]
     where = f"--set {overridden[-1]}" if overridden else _place(text, location, path)
     if first["type"] == "extra_forbidden":
         near = get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(_known_keys(location[:-1]))}"
         return RecipeInvalid(f"expected a known key, got {key!r}{hint}", where)
+    if first["type"] == "missing":
+        return RecipeInvalid(f"expected the key {key!r}, got none", where)
     got = first["input"]
     shown = json.dumps(got) if isinstance(got, (str, int, bool, list, dict)) else str(got)
     asked = first["msg"][:1].lower() + first["msg"][1:]
     return RecipeInvalid(f"{key} = {shown}: {asked.replace('input should be', 'expected')}", where)
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether one of two dotted keys is the other or holds it."""
+    short, long = sorted((first, second), key=len)
+    return long.startswith(short) and long[len(short) :][:1] in ("", ".", "[")
 
 
 _UNION_TAGS = {"constrained-float", "float", "int", "str", "bool", "none"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,8 @@ import torch
 from tacit.compression.material import Material
 from tacit.compression.parity import compare
 from tacit.compression.passes import Shaped, apply_passes
-from tacit.compression.variant import VariantSpec, build_variant
+from tacit.compression.variant import VariantSpec, build_variant, export_float
+from tacit.devices.failpoint import reach
 from tacit.devices.protocol import Artifact
 from tacit.devices.runtime import open_artifact
 from tacit.edge.flower_app import build_model
@@ -40,27 +43,27 @@ def make_variants(
     Returns:
         Reasons of those that could not be built, by name; the others are complete.
     """
-    workshop = _Workshop(folder)
     failed: dict[str, str] = {}
-    for done, spec in enumerate(specs, 1):
-        target = folder.path / "variants" / spec.name
-        complete = folder.read_json("variants", spec.name, "variant.json")
-        if again or complete is None or "parity" not in complete or complete.get("stamp") != workshop.stamp:
-            try:
-                workshop.make(spec)
-            except (ValueError, RuntimeError) as error:  # one variant's failure is not the others'
-                failed[spec.name] = str(error).splitlines()[0]
-                folder.log("variant failed", name=spec.name, reason=str(error))
-                progress.note(f"variant {spec.name} failed: {failed[spec.name]}")
-        progress.step(done, target.name)
+    with tempfile.TemporaryDirectory(prefix="tacit-") as scratch:
+        workshop = _Workshop(folder, Path(scratch))
+        for done, spec in enumerate(specs, 1):
+            if again or not workshop.has(spec):
+                try:
+                    workshop.make(spec)
+                except (ValueError, RuntimeError) as error:  # one variant's failure is not the others'
+                    failed[spec.name] = (str(error).splitlines() or [type(error).__name__])[0]
+                    folder.log("variant failed", name=spec.name, reason=str(error))
+                    progress.note(f"variant {spec.name} failed: {failed[spec.name]}")
+            progress.step(done, spec.name)
     return failed
 
 
 class _Workshop:
     """The trained model, what passes may look at, and the models that passes have made of it so far."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, scratch: Path) -> None:
         recipe = folder.recipe
+        self._scratch = scratch
         task = find_task(recipe.task.name)
         self._folder, self._seed = folder, recipe.federated.seed
         self._data = task.load()
@@ -77,10 +80,20 @@ class _Workshop:
         privacy = (folder.path / "privacy.json").read_bytes()
         self.stamp = {"tacit.privacy_sha256": hashlib.sha256(privacy).hexdigest(), "tacit.task": task.name}
 
+    def has(self, spec: VariantSpec) -> bool:
+        """Whether the variant is there, judged, and stamped with this run's privacy."""
+        about = self._folder.read_json("variants", spec.name, "variant.json")
+        return about is not None and "parity" in about and about.get("stamp") == self.stamp
+
     def make(self, spec: VariantSpec) -> None:
+        """Builds a variant and says how well it does."""
         target = self._folder.path / "variants" / spec.name
         shaped = self._shape(spec)
-        about = build_variant(spec, shaped, self._material, target, stamp=self.stamp)
+        reach("compress.before_variant")
+        about = build_variant(
+            spec, shaped, self._material, target, stamp=self.stamp, exported=self._export(spec, shaped)
+        )
+        reach("compress.after_artifact")
         judged = {**about, **self._judge(about, shaped)}
         self._folder.write_json(judged, "variants", spec.name, "variant.json")
 
@@ -89,6 +102,13 @@ class _Workshop:
         if key not in self._shaped:
             self._shaped[key] = apply_passes(self._model, spec.passes, self._material, seed=self._seed)
         return self._shaped[key]
+
+    def _export(self, spec: VariantSpec, shaped: Shaped) -> Path:
+        """The float export that variants of one shape and format share: exporting takes longer than quantising."""
+        path = self._scratch / f"{id(shaped)}.{spec.format}"
+        if not path.exists():
+            export_float(spec.format, shaped, self._material, path)
+        return path
 
     def _judge(self, about: Mapping[str, object], shaped: Shaped) -> dict[str, object]:
         """Parity with the PyTorch model that it came from, and accuracy, both on what the artifact's runtime says."""

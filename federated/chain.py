@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tacit.devices.durable import sync_folder
+from tacit.devices.failpoint import reach
 
 __all__ = ["GENESIS", "Chain", "ChainDamaged", "ChainHeld", "Entry", "parse_chain"]
 
@@ -84,14 +85,17 @@ class Chain:
             head = _digest(body)
             added.append({**body, "hash": head})
         data = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in added)
+        reach("chain.before_write")
         try:
             written = os.write(self._descriptor, data)
             if written < len(data):
                 raise OSError(28, f"expected room for {len(data)} bytes, wrote {written}; free some disk space")
+            reach("chain.before_fsync")
             os.fsync(self._descriptor)
         except BaseException:
             self._truncate()
             raise
+        reach("chain.after_fsync")
         self._bytes += len(data)
         self.entries.extend(added)
         return added

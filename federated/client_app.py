@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load, save
 
+from tacit.devices.failpoint import reach
 from tacit.federated.averaging import from_record, to_record
 from tacit.federated.ledger import Granted, Ledger, Refused, Replay, Reservation, Turn
 from tacit.federated.mechanism import Mechanism
@@ -118,6 +119,7 @@ def _train_privately(message: Message, owner: Owner, gate: Gate) -> Message:
 
 def _compute(message: Message, owner: Owner, request: Reservation, gate: Gate) -> bytes:
     try:
+        reach("client.before_records")
         arrays = from_record(message.content.array_records["arrays"])
         update = owner.trainer.update(arrays, owner.records(), owner.randomness(request.round))
         payload = save(dict(update))
@@ -125,6 +127,7 @@ def _compute(message: Message, owner: Owner, request: Reservation, gate: Gate) -
         # Charged and not tried again: retrying until it works would condition what leaves on the data.
         gate.fail(request)
         raise
+    reach("client.after_training")
     gate.release(request, payload)
     return payload
 
@@ -241,10 +244,12 @@ class CohortGate:
 
     def commit(self) -> None:
         """Everything that may leave is on disk when this returns; what was granted and not used is a failure."""
+        reach("cohort.before_commit")
         unused = [key for key, turn in self._turns.items() if isinstance(turn, Granted)]
         self.ledger.fail([*self._failed, *unused])
         self.ledger.release(self._round, self._payloads)
         self._turns = {}
+        reach("cohort.after_commit")
 
 
 def describe_channels(private: bool) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tacit.devices.failpoint import reach
 from tacit.federated.accounting import Event, epsilon_pld, epsilon_rdp, merge
 from tacit.federated.chain import GENESIS, Chain, ChainDamaged, Entry, parse_chain
 from tacit.federated.outbox import Outbox
@@ -153,6 +154,7 @@ class Ledger:
             if key not in self._granted or key not in self._open:
                 raise ValueError(f"expected a key granted in this process and still open, got {key}; reserve first")
         self._outbox.put(round_number, payloads)
+        reach("ledger.after_outbox")
         self._record(
             [
                 {**self._entry("release", key), "payload": hashlib.sha256(payload).hexdigest()}

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from tacit.devices.durable import write_durably
+from tacit.devices.failpoint import reach
 from tacit.federated.averaging import FederatedAveraging, from_record, to_record
 from tacit.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_weights
 from tacit.federated.mechanism import PrivacyRefused
@@ -90,6 +91,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
             "wall_s": round(report.wall_s, 4),
         }
         history.append(row)
+        reach("server.before_checkpoint")
         save_checkpoint(
             plan.folder / "checkpoint",
             Checkpoint(
@@ -101,6 +103,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
                 history=history,
             ),
         )
+        reach("server.after_checkpoint")
         if plan.ledger:
             plan.ledger.settled(report.round)
         plan.progress(row)
@@ -117,6 +120,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
     )
     lines = "".join(json.dumps(row) + "\n" for row in history)
     write_durably(plan.folder / "rounds.jsonl", lines.encode())
+    reach("server.before_weights")
     write_weights(plan.folder / "weights.safetensors", from_record(final))
 
 
@@ -134,7 +138,7 @@ def _begin(plan: ServerPlan) -> Checkpoint:
         return Checkpoint(round=0, arrays=plan.initial, strategy={}, recipe=plan.recipe, ledger_head="", history=[])
     if found.recipe != plan.recipe:
         raise ValueError(f"expected a checkpoint of this recipe in {plan.folder}, got another's; use another folder")
-    if plan.ledger and not plan.ledger.seen(found.ledger_head):
+    if plan.ledger and found.ledger_head and not plan.ledger.seen(found.ledger_head):
         raise PrivacyRefused(
             f"expected a ledger that goes at least as far as round {found.round}, got an older one; "
             "restore the newest ledger.jsonl: spent budget cannot be taken back"

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tacit.edge import report
+from tacit.edge import charts, report, wording
 from tacit.edge.report import write_report
 
 ADVERSARY = "honest-but-curious server and everyone who receives models"
@@ -349,7 +349,7 @@ def test_no_string_of_the_summary_becomes_markup(payload: str, demo: _Page, tmp_
     known = {name for _, attributes in demo.elements for name in attributes}
     assert {name for _, attributes in page.elements for name in attributes} <= known
     assert page.texts["pre"][0] == report._UNPRINTABLE.sub("\ufffd", payload)
-    drawn = report._short(report._UNPRINTABLE.sub("\ufffd", payload))
+    drawn = charts._short(report._UNPRINTABLE.sub("\ufffd", payload))
     assert any(text.startswith(drawn) for text in page.texts["text"]), "the name is not drawn as it is"
 
 
@@ -465,12 +465,12 @@ def test_the_summary_is_left_as_it_was(tmp_path: Path) -> None:
 
 @given(bound=st.floats(min_value=0, max_value=1e6))
 def test_a_printed_epsilon_is_never_below_the_true_one(bound: float) -> None:
-    assert bound - 1e-8 <= float(report.epsilon(bound)) <= bound + 0.010001
+    assert bound - 1e-8 <= float(wording.epsilon(bound)) <= bound + 0.010001
 
 
 @given(share=st.floats(min_value=0, max_value=1))
 def test_only_a_perfect_share_reads_a_hundred_percent(share: float) -> None:
-    assert (report.percent(share) == "100\u00a0%") == (share == 1)
+    assert (wording.percent(share) == "100\u00a0%") == (share == 1)
 
 
 @pytest.mark.parametrize(
@@ -483,12 +483,12 @@ def test_the_interval_of_an_accuracy_is_wilsons(hits: int, examples: int, low: f
 
 @pytest.mark.parametrize(("size_bytes", "text"), [(0, "0 B"), (999, "999 B"), (42440, "42.4 kB"), (999_600, "1 MB")])
 def test_sizes_are_decimal_with_three_digits(size_bytes: int, text: str) -> None:
-    assert report.size(size_bytes).replace("\u00a0", " ") == text
+    assert wording.size(size_bytes).replace("\u00a0", " ") == text
 
 
 @given(heights=st.lists(st.floats(min_value=0, max_value=500), max_size=8))
 def test_spread_labels_keep_their_distance_and_order(heights: list[float]) -> None:
-    moved = sorted(h + shift for h, shift in zip(heights, report._spread(heights, gap=14), strict=True))
+    moved = sorted(h + shift for h, shift in zip(heights, charts._spread(heights, gap=14), strict=True))
     assert all(b - a >= 14 - 1e-6 for a, b in itertools.pairwise(moved))
 
 
@@ -519,11 +519,11 @@ def test_every_text_colour_has_a_contrast_of_four_and_a_half(theme: dict[str, st
 
 def test_the_style_recolours_every_colour_that_the_charts_use(demo_source: str) -> None:
     light = next(_themes())
-    assert list(report._SERIES) == [light[f"series-{i}"] for i in range(4)]
-    assert (light["ink"], light["line"]) == (report._INK, report._GRID)
+    assert list(charts._SERIES) == [light[f"series-{i}"] for i in range(4)]
+    assert (light["ink"], light["line"]) == (charts._INK, charts._GRID)
     drawn = set(re.findall(r'(?:fill|stroke)="(#\w+)"', demo_source))
-    assert drawn <= {report._INK, report._GRID, *report._SERIES}
-    for color in (report._GRID, *report._SERIES):
+    assert drawn <= {charts._INK, charts._GRID, *charts._SERIES}
+    for color in (charts._GRID, *charts._SERIES):
         assert f'[fill="{color}"]' in demo_source
         assert f'[stroke="{color}"]' in demo_source
 
@@ -543,4 +543,4 @@ def test_importing_the_report_loads_neither_matplotlib_nor_jinja_and_writing_nev
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(report) == (0, 2)
+    assert doctest.testmod(wording) == (0, 2)

@@ -1,0 +1,101 @@
+"""Numbers as text: how the report writes shares, sizes, durations and ε."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+__all__ = ["UNMEASURED", "duration", "epsilon", "finite", "moment", "percent", "plain", "points", "size"]
+
+UNMEASURED = "not measured"
+_SPACE = "\u00a0"  # between a number and its unit: never breaks the line
+
+
+def finite(value: object) -> float | None:
+    """Return a finite number, or None: what is no number was not measured."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def percent(value: object) -> str:
+    """Return a share as a percentage with one decimal; only 1.0 itself reads "100 %".
+
+    Example:
+        >>> percent(0.9996).replace("\u00a0", " "), percent(None)
+        ('99.9 %', 'not measured')
+    """
+    share = finite(value)
+    if share is None:
+        return UNMEASURED
+    hundredths = round(100 * share, 1)
+    return f"{99.9 if hundredths == 100 and share < 1 else hundredths:g}{_SPACE}%"
+
+
+def points(value: object, reference: object) -> str:
+    """Return the difference of two shares in percentage points, with its sign, or an empty string."""
+    share, other = finite(value), finite(reference)
+    if share is None or other is None:
+        return ""
+    difference = round(100 * (share - other), 1)
+    sign = "±" if not difference else "+" if difference > 0 else "\N{MINUS SIGN}"
+    return f"{sign}{abs(difference):g}{_SPACE}pt"
+
+
+def _scaled(value: object, units: Sequence[str]) -> str:
+    number = finite(value)
+    if number is None:
+        return UNMEASURED
+    step = 0
+    while abs(number) >= 999.5 and step < len(units) - 1:
+        number, step = number / 1000, step + 1
+    return f"{number:.0f}{_SPACE}{units[step]}" if abs(number) >= 100 else f"{number:.3g}{_SPACE}{units[step]}"
+
+
+def size(size_bytes: object) -> str:
+    """Return a size in decimal units with three digits (42440 bytes: 42.4 kB)."""
+    return _scaled(size_bytes, ("B", "kB", "MB", "GB"))
+
+
+def duration(value: object, unit_us: float = 1.0) -> str:
+    """Return a duration in units of `unit_us` microseconds with three digits and its unit."""
+    number = finite(value)
+    return UNMEASURED if number is None else _scaled(number * unit_us, ("µs", "ms", "s"))
+
+
+def epsilon(value: object) -> str:
+    """Return ε rounded up to two decimals: a guarantee is never made to look stronger."""
+    if value == math.inf:
+        return "∞"
+    bound = finite(value)
+    return UNMEASURED if bound is None else f"{math.ceil(bound * 100 - 1e-7) / 100:.2f}"
+
+
+def plain(value: object, digits: int = 6) -> str:
+    """Return any JSON value as a reader expects it (1e-05 as 1e-5, lists with commas, null as not measured).
+
+    Example:
+        >>> plain(1e-05), plain(10026), plain(["a", "b"]), plain(True), plain(None)
+        ('1e-5', '10,026', 'a, b', 'yes', 'not measured')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0*", lambda found: "e" + found[1].strip("+"), f"{value:.{digits}g}")
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value) or "none"
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return UNMEASURED if value is None else str(value) or UNMEASURED
+
+
+def moment(value: object) -> str:
+    """Return an ISO 8601 time in words, or what there is of it."""
+    try:
+        when = datetime.fromisoformat(str(value))
+    except ValueError:
+        return plain(value)
+    return f"{when.day} {when:%B %Y, %H:%M %Z}".strip()
