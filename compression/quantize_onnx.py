@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy.typing as npt
 
 from tacit.compression.export_onnx import INPUT_NAME, strip_onnx
 from tacit.compression.silence import silenced
+
+# ONNX Runtime reports usage and writes a device identifier into the home folder unless this is set before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The norms stay float: quantising their pieces costs accuracy and makes the file larger and slower.
 _OPERATORS = ["Conv", "Gemm", "MatMul"]
