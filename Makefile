@@ -20,7 +20,7 @@ test: .venv/.test
 	@$(BIN)/mypy
 	@$(BIN)/pytest -q -m "not soak"
 
-soak: .venv/.test
+soak: .venv/.soak
 	@$(BIN)/pytest -q -m soak
 
 .venv/bin/python:
@@ -37,6 +37,10 @@ soak: .venv/.test
 
 .venv/.test: .venv/.demo
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+.venv/.soak: .venv/.test
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev,simulation]'
 	@touch $@
 
 clean:

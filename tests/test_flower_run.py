@@ -1,0 +1,73 @@
+"""The apps under Flower's own runtime: a real SuperLink with Ray, on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tacit.federated.ledger import read_ledger
+
+ROUNDS, OWNERS = 3, 3
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-flower"
+BIN = Path(sys.executable).parent
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(280)
+def test_flwr_run_trains_under_each_owners_own_ledger(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra: simulation")
+    port = _free_port()
+    (tmp_path / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(f"[federated]\nrounds = {ROUNDS}\nowners = {OWNERS}\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "FLWR_HOME": str(tmp_path),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    superlink = subprocess.Popen(
+        [str(BIN / "flower-superlink"), "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(port)
+        command = [str(BIN / "flwr"), "run", str(EXAMPLE), "here", "--stream"]
+        command += ["--federation-config", f"num-supernodes={OWNERS} client-resources-num-cpus=1"]
+        command += ["--run-config", f'out="{out}" recipe="{recipe}"']
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        deadline = time.monotonic() + 30
+        while not (out / "train" / "weights.safetensors").is_file() and time.monotonic() < deadline:
+            time.sleep(0.5)
+    finally:
+        superlink.terminate()
+        superlink.wait(30)
+    assert (out / "train" / "weights.safetensors").is_file(), done.stdout + done.stderr
+    ledgers = sorted(out.glob("owners/*/ledger.jsonl"))
+    assert len(ledgers) == OWNERS
+    for ledger in ledgers:
+        (account,), _, _ = read_ledger(ledger)
+        assert (account.reserved, account.released) == (ROUNDS, ROUNDS)
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(120):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"expected a SuperLink on port {port}, got none within a minute")
