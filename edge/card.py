@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tacit.edge.run_folder import RunFolder
-from tacit.federated.accounting import Event, epsilon_pld, spend
+from tacit.federated.accounting import Event, epsilon_pld
+from tacit.federated.accounts import ADVERSARY, Account, find_ledgers, read_ledger, spend_of
 from tacit.federated.checkpoint import read_weights
 from tacit.federated.client_app import describe_channels
 from tacit.federated.datasets import find_task
-from tacit.federated.ledger import Account, read_ledger
 from tacit.federated.mechanism import Mechanism
 
 __all__ = ["no_privacy_card", "privacy_card", "summarise", "versions"]
@@ -50,20 +50,19 @@ def privacy_card(
         FileNotFoundError: no ledger at all.
     """
     accounts, heads = _read_ledgers(folder.path)
-    by_owner = _epsilon_by_owner(accounts, mechanism.delta)
-    dearest = max(accounts, key=lambda account: by_owner[account.owner])
-    cost = spend(dearest.history, mechanism.delta)
+    costs = spend_of(accounts, mechanism.delta)
+    cost = max(costs, key=lambda spent: spent.epsilon)
     statement = [_SIMULATED, *([_BENCHMARK] if data_status == "public-benchmark" else []), _RECORD]
     return {
         "unit": mechanism.unit,
         "relation": "add/remove",
-        "adversary": "honest-but-curious server and everyone who receives models; app code trusted",
+        "adversary": ADVERSARY,
         "epsilon": cost.epsilon,
         "delta": cost.delta,
         "accountant": cost.accountant,
         "epsilon_rdp": cost.epsilon_rdp,
         "epsilon_prv": cost.epsilon_prv,
-        "epsilon_by_owner": by_owner,
+        "epsilon_by_owner": {a.owner: spent.epsilon for a, spent in zip(accounts, costs, strict=True)},
         "noise_multiplier": mechanism.noise_multiplier,
         "max_grad_norm": mechanism.max_grad_norm,
         "sample_rate": mechanism.sample_rate,
@@ -83,7 +82,7 @@ def privacy_card(
         "channels": [f"{name}: {how}" for name, how in describe_channels(private=True).items()],
         "later_passes": list(passes),
         "ledger_head": heads[0] if len(heads) == 1 else hashlib.sha256("".join(heads).encode()).hexdigest(),
-        "ledger_heads": heads,
+        **({"ledger_heads": heads} if len(heads) > 1 else {}),
         "statement": " ".join(statement),
     }
 
@@ -154,26 +153,13 @@ def versions() -> dict[str, str]:
 def _read_ledgers(path: Path) -> tuple[list[Account], list[str]]:
     accounts: list[Account] = []
     heads: list[str] = []
-    ledgers = [p for p in (path / "ledger.jsonl", *sorted(path.glob("owners/*/ledger.jsonl"))) if p.is_file()]
-    for ledger in ledgers:
+    for ledger in find_ledgers(path):
         found, head, _ = read_ledger(ledger)
         accounts += found
         heads.append(head)
     if not accounts:
         raise FileNotFoundError(f"expected a ledger with entries in {path}, got none; train first")
     return accounts, heads
-
-
-def _epsilon_by_owner(accounts: Sequence[Account], delta: float) -> dict[str, float]:
-    """ε of each owner; owners with the same history share one evaluation."""
-    known: dict[frozenset[tuple[Event, int]], float] = {}
-    result = {}
-    for account in accounts:
-        history = frozenset(account.history.items())
-        if history not in known:
-            known[history] = spend(account.history, delta).epsilon
-        result[account.owner] = known[history]
-    return result
 
 
 def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:
@@ -192,7 +178,7 @@ def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
 
 
 def _failures(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, str]]:
-    compress = folder.read_json("variants", "failed.json") or {}
+    compress = folder.read_json("variants", ".failed.json") or {}
     failed = [{"stage": "compress", "name": name, "reason": str(reason)} for name, reason in compress.items()]
     for device, content in measured.items():
         reasons = content.get("failed")

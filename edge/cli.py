@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -46,6 +47,7 @@ app = App(
     help="Train on data that never leaves its owners, shrink the model, ship it with one privacy guarantee.",
     version=lambda: _version(),
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # it would leave in silence; we say how to go on
 )
 app.meta.group_parameters = Group("Global options", sort_key=99)
 for _commands in (cli_stages, cli_setup, cli_budget):
@@ -91,6 +93,7 @@ def _launch(
 
 def main() -> NoReturn:
     """Entry point of the `tacit` command."""
+    _ready_streams()
     signal.signal(signal.SIGTERM, _on_terminate)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
@@ -98,10 +101,32 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except CycloptsError as error:
         code = _explain(error, "json" if "json" in sys.argv[1:] else "text")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone; that is fine
-        code = 0
+    except BrokenPipeError:  # whoever read stdout has gone; that is fine
+        code = _discard_stdout(0)
+    except SystemExit as leaving:  # rich, which prints help, leaves with 1 when its reader has gone
+        code = _discard_stdout(0) if isinstance(leaving.__context__, BrokenPipeError) else leaving.code
+    except OSError as error:  # stdout goes to a file, and its disk is full
+        code = _discard_stdout(_explain(error, "text"))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _ready_streams() -> None:
+    """Makes stdout and stderr take whatever we print.
+
+    Where one is closed, a file that we open would get its number and receive what is printed; and a terminal that does
+    not know ε shall show a question mark, not end a run.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  open for as long as the process lives
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_stdout(code: int) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _explain(error: Exception, output_format: Format) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from tacit.edge.cli_output import Outcome
+
+if TYPE_CHECKING:
+    from tacit.federated.accounts import Account
 
 __all__ = ["register"]
 
@@ -27,44 +30,26 @@ def show(ledger: Path, /, *, delta: Annotated[float | None, Parameter(help="The 
         ledger: A ledger.jsonl, or a run directory.
         delta: At which ε is stated; the run's own, or 1e-5.
     """
-    from tacit.edge.recipe import RecipeInvalid, load_recipe
-    from tacit.federated.accounting import spend
-    from tacit.federated.ledger import read_ledger
+    from tacit.edge.recipe import RecipeInvalid
+    from tacit.federated.accounts import ADVERSARY
 
-    path = _find(ledger)
     if delta is not None and not 0.0 < delta < 1.0:
         raise RecipeInvalid(f"expected 0 < delta < 1, got {delta}", "--delta")
-    beside = path.parent / "recipe.toml"
-    at = delta or (load_recipe(beside).privacy.delta if beside.is_file() else 1e-5)
-    accounts, head, note = read_ledger(path)
-    known = {frozenset(a.history.items()): a.history for a in accounts}
-    costs = {key: spend(history, at) for key, history in known.items()}
-    rows = []
-    for account in accounts:
-        cost = costs[frozenset(account.history.items())]
-        rows.append(
-            {
-                "owner": account.owner,
-                "source": account.source,
-                "epsilon": cost.epsilon,
-                "delta": at,
-                "accountant": cost.accountant,
-                "steps": sum(account.history.values()),
-                "reserved": account.reserved,
-                "released": account.released,
-                "failed": account.failed,
-                "reopened": account.reopened,
-            }
-        )
+    at = delta or _planned_delta(ledger)
+    read = _read(ledger)
+    rows = _rows([account for accounts, _, _ in read for account in accounts], at)
+    notes = [note for _, _, note in read if note]
     lines = [f"{'owner':<12} {'ε':>7} {'steps':>6} {'released':>9} {'failed':>7} {'reopened':>9}"]
     lines += [
         f"{r['owner']:<12} {r['epsilon']:>7.3f} {r['steps']:>6} {r['released']:>9} {r['failed']:>7} {r['reopened']:>9}"
         for r in rows
     ]
     accountants = ", ".join(sorted({str(row["accountant"]) for row in rows})) or "nothing charged"
-    lines.append(f"record level, add/remove, δ = {at:g}, {accountants}; every reservation counts")
-    lines += [f"note: {note}"] if note else []
-    return Outcome(text="\n".join(lines), data={"accounts": rows, "head": head, "note": note})
+    lines.append(f"record level, add/remove, δ = {at:g}, {accountants}; every reservation counts;")
+    lines.append(f"against {ADVERSARY}")
+    lines += [f"note: {note}" for note in notes]
+    data = {"accounts": rows, "heads": [head for _, head, _ in read], "adversary": ADVERSARY, "notes": notes}
+    return Outcome(text="\n".join(lines), data=data)
 
 
 def verify(ledger: Path, /) -> Outcome:
@@ -73,22 +58,49 @@ def verify(ledger: Path, /) -> Outcome:
     Args:
         ledger: A ledger.jsonl, or a run directory.
     """
-    from tacit.federated.ledger import read_ledger
-
-    path = _find(ledger)
-    accounts, head, note = read_ledger(path)
-    entries = sum(a.reserved + a.released + a.failed + a.reopened for a in accounts)
-    text = f"{path}: {entries} entries of {len(accounts)} accounts hold; head {head}"
-    return Outcome(
-        text=text + (f"\nnote: {note}" if note else ""),
-        data={"entries": entries, "accounts": len(accounts), "head": head, "note": note},
-    )
+    read = _read(ledger)
+    entries = sum(a.reserved + a.released + a.failed + a.reopened for accounts, _, _ in read for a in accounts)
+    owners = sum(len(accounts) for accounts, _, _ in read)
+    heads, notes = [head for _, head, _ in read], [note for _, _, note in read if note]
+    lines = [f"{ledger}: {entries} entries of {owners} accounts hold; head {' '.join(heads)}"]
+    lines += [f"note: {note}" for note in notes]
+    data = {"entries": entries, "accounts": owners, "heads": heads, "notes": notes}
+    return Outcome(text="\n".join(lines), data=data)
 
 
-def _find(path: Path) -> Path:
+def _read(path: Path) -> list[tuple[list[Account], str, str | None]]:
     from tacit.edge.recipe import RecipeInvalid
+    from tacit.federated.accounts import find_ledgers, read_ledger
 
-    found = path / "ledger.jsonl" if path.is_dir() else path
-    if not found.is_file():
+    found = find_ledgers(path)
+    if not found:
         raise RecipeInvalid("expected a ledger.jsonl or a run directory with one, got neither", str(path))
-    return found
+    return [read_ledger(ledger) for ledger in found]
+
+
+def _planned_delta(ledger: Path) -> float:
+    from tacit.edge.recipe import load_recipe
+
+    beside = (ledger if ledger.is_dir() else ledger.parent) / "recipe.toml"
+    return load_recipe(beside).privacy.delta if beside.is_file() else 1e-5
+
+
+def _rows(accounts: list[Account], delta: float) -> list[dict[str, object]]:
+    from tacit.federated.accounts import spend_of
+
+    costs = spend_of(accounts, delta, with_prv=False)
+    return [
+        {
+            "owner": account.owner,
+            "source": account.source,
+            "epsilon": cost.epsilon,
+            "delta": delta,
+            "accountant": cost.accountant,
+            "steps": sum(account.history.values()),
+            "reserved": account.reserved,
+            "released": account.released,
+            "failed": account.failed,
+            "reopened": account.reopened,
+        }
+        for account, cost in zip(accounts, costs, strict=True)
+    ]

@@ -36,6 +36,8 @@ def init(folder: Path, /) -> Outcome:
     recipe = folder / "recipe.toml"
     if recipe.exists():
         raise FolderMismatch(f"expected a new folder, got {recipe}; edit it or name another folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FolderMismatch(f"expected a new or empty folder, got other files in {folder}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(recipe, (BUILT_IN / "digits.toml").read_bytes())
     return Outcome(

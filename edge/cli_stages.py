@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,7 +66,9 @@ def train(folder: Path, /) -> Outcome:
         card = pipeline.train(folder, progress=console)
     finally:
         console.stop()
-    return Outcome(text=pipeline.privacy_line(card), data={"privacy": dict(card), "folder": str(folder)})
+    return Outcome(
+        text=_wrapped(f"privacy   {pipeline.privacy_line(card)}"), data={"privacy": dict(card), "folder": str(folder)}
+    )
 
 
 def compress(folder: Path, /) -> Outcome:
@@ -100,9 +103,10 @@ def measure(folder: Path, /, *, device: str = "local") -> Outcome:
     finally:
         console.stop()
     artifacts, failed = result["artifacts"], result["failed"]
-    lines = [f"{'artifact':<20} {'p50':>9} {'p90':>9} {'memory':>9}"]
+    rows = [["artifact", "p50", "p90", "memory"]]
     if isinstance(artifacts, dict):
-        lines += [_latency_line(name, entry) for name, entry in artifacts.items()]
+        rows += [_latency_row(name, entry) for name, entry in artifacts.items()]
+    lines = _table(rows, words_from=len(rows[0]))
     if isinstance(failed, dict):
         lines += [f"{name}: not measured: {reason}" for name, reason in failed.items()]
     return Outcome(text="\n".join(lines), data=result, code=8 if failed else 0)
@@ -123,11 +127,9 @@ def _summary_outcome(summary: Mapping[str, object], folder: Path) -> Outcome:
     from tacit.edge.pipeline import privacy_line
 
     privacy, variants, failed = summary["privacy"], summary["variants"], summary["failed"]
-    lines = [f"accuracy  {_percent(summary['accuracy'])}"]
-    if summary["accuracy_without_privacy"] is not None:
-        lines[0] += f" ({_percent(summary['accuracy_without_privacy'])} without privacy)"
+    lines = [f"accuracy  {_percent(summary['accuracy'])}{_gap(summary)}"]
     if isinstance(privacy, dict):
-        lines.append(f"privacy   {privacy_line(privacy)}")
+        lines.append(_wrapped(f"privacy   {privacy_line(privacy)}"))
     if isinstance(variants, list):
         lines += ["", *_variant_lines(variants)]
     if isinstance(failed, list):
@@ -136,31 +138,55 @@ def _summary_outcome(summary: Mapping[str, object], folder: Path) -> Outcome:
     return Outcome(text="\n".join(lines), data=summary, code=8 if failed else 0)
 
 
+def _gap(summary: Mapping[str, object]) -> str:
+    private, twin = summary["accuracy"], summary["accuracy_without_privacy"]
+    if not isinstance(private, float) or not isinstance(twin, float):
+        return ""
+    return f"; {_percent(twin)} without noise, a gap of {100 * (twin - private):.1f} points"
+
+
+def _wrapped(line: str) -> str:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * 10, break_long_words=False))
+
+
 def _variant_lines(variants: list[dict[str, object]]) -> list[str]:
-    """One line a variant; a narrow terminal gets fewer columns."""
-    wide = shutil.get_terminal_size((100, 24)).columns >= 80
-    lines = [f"{'variant':<16} {'size':>9} {'accuracy':>9} {'p90':>9}" + ("  label" if wide else "")]
+    rows = [["variant", "size", "accuracy", "p90", "label"]]
     for variant in variants:
         latency = variant.get("latency")
         local = latency.get("local", {}) if isinstance(latency, dict) else {}
-        line = f"{variant['name']!s:<16} {_size(variant['bytes'])} {_percent(variant['accuracy']):>9}"
-        line += f" {_microseconds(local.get('p90_us'))}"
-        lines.append(line + (f"  {variant['label']}" if wide else ""))
-    return lines
+        numbers = [_size(variant["bytes"]), _percent(variant["accuracy"]), _microseconds(local.get("p90_us"))]
+        rows.append([str(variant["name"]), *numbers, str(variant["label"])])
+    return _table(rows, words_from=4)
 
 
-def _latency_line(name: str, entry: Mapping[str, object]) -> str:
+def _latency_row(name: str, entry: Mapping[str, object]) -> list[str]:
     memory = entry.get("peak_memory_bytes")
-    shown = f"{memory / 1e6:>6.1f} MB" if isinstance(memory, int) else "        -"
-    return f"{name:<20} {_microseconds(entry.get('p50_us'))} {_microseconds(entry.get('p90_us'))} {shown}"
+    shown = f"{memory / 1e6:.1f} MB" if isinstance(memory, int) else "-"
+    return [name, _microseconds(entry.get("p50_us")), _microseconds(entry.get("p90_us")), shown]
+
+
+def _table(rows: list[list[str]], *, words_from: int) -> list[str]:
+    """Aligns a name, numbers and, from a column on, words; a narrow terminal gets fewer columns, never broken lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = shutil.get_terminal_size((100, 24)).columns
+    fitting = [count for count in range(1, len(widths) + 1) if sum(widths[:count]) + 2 * (count - 1) <= room]
+    left = [column == 0 or column >= words_from for column in range(len(widths))]
+    return [
+        "  ".join(
+            text.ljust(width) if is_left else text.rjust(width)
+            for text, width, is_left in zip(row[: max(fitting, default=1)], widths, left, strict=False)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _size(size_bytes: object) -> str:
-    return f"{size_bytes / 1000:>6.1f} kB" if isinstance(size_bytes, int) else "        -"
+    return f"{size_bytes / 1000:.1f} kB" if isinstance(size_bytes, int) else "-"
 
 
 def _microseconds(value_us: object) -> str:
-    return f"{value_us:>6.1f} µs" if isinstance(value_us, float) else "        -"
+    return f"{value_us:.1f} µs" if isinstance(value_us, float) else "-"
 
 
 def _percent(share: object) -> str:

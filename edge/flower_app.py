@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 from tacit.edge.recipe import Recipe, load_recipe
 from tacit.federated import partition
 from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
-from tacit.federated.client_app import CohortGate, Gate, Owner, OwnerGate, make_client_app
+from tacit.federated.client_app import CohortGate, Owner, OwnerGate, make_client_app
 from tacit.federated.datasets import find_task
 from tacit.federated.grid import InProcessGrid, quiet_flower
 from tacit.federated.ledger import Ledger
@@ -55,14 +55,16 @@ class Composition:
         return ledger
 
 
-def compose(recipe: Recipe, folder: Path, *, role: Role = "private", gate: Callable[[str], Gate | None]) -> Composition:
+def compose(recipe: Recipe, folder: Path, *, role: Role = "private") -> Composition:
     """Builds what a recipe describes, checking everything before a record is trained on.
 
     Args:
         recipe: resolved.
         folder: the run directory; owners' logs go below it.
         role: "twin" for the same recipe with the noise left out and public randomness.
-        gate: owner's name → what guards its records, or None.
+
+    Returns:
+        Its owners have no gate yet.
 
     Raises:
         DataProblem: an owner without records.
@@ -92,7 +94,7 @@ def compose(recipe: Recipe, folder: Path, *, role: Role = "private", gate: Calla
             trainer=trainer,
             records=lambda share=share: data.private.take(share),  # type: ignore[misc]  # binds this owner's share
             randomness=randomness(name),
-            gate=gate(name),
+            gate=None,
             log=folder / "owners" / name / "errors.log",
         )
         for index, (name, share) in enumerate(zip(partition.owner_names(len(shares)), shares, strict=True))
@@ -125,19 +127,17 @@ def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, 
         What was trained on.
     """
     quiet_flower()
-    place: dict[str, Gate] = {}
-    composition = compose(recipe, folder, role=role, gate=lambda _: place.get("gate"))
-    find = _finder(composition, place)
-    ledger = None
+    composition = compose(recipe, folder, role=role)
+    ledger, gate = None, None
     if composition.mechanism.private:
         ledger = composition.open_ledger(folder / "ledger.jsonl", folder / "train" / "outbox")
-        place["gate"] = CohortGate(ledger, find)
+        gate = CohortGate(ledger, _by_partition(composition.owners))
         if ledger.repaired:
             report({"note": ledger.repaired})
     try:
         contexts = {index + 2: _context(index, len(composition.owners)) for index in range(len(composition.owners))}
-        gate = place.get("gate")
-        grid = InProcessGrid(make_client_app(find), contexts, gate if isinstance(gate, CohortGate) else None)
+        guarded = [replace(owner, gate=gate) for owner in composition.owners]
+        grid = InProcessGrid(make_client_app(_by_partition(guarded)), contexts, gate)
         target = folder / "train" if role == "private" else folder / "train" / "twin"
         view = LedgerView(lambda: ledger.head, ledger.seen, ledger.discard_before) if ledger else None
         plan = _server_plan(composition, target, run=run, report=report, ledger=view)
@@ -148,16 +148,12 @@ def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, 
     return composition
 
 
-def _finder(composition: Composition, place: Mapping[str, Gate]) -> Callable[[Context], Owner]:
-    from dataclasses import replace
-
-    guarded: dict[int, Owner] = {}
-
+def _by_partition(owners: Sequence[Owner]) -> Callable[[Context], Owner]:
     def find(context: Context) -> Owner:
         index = int(context.node_config["partition-id"])
-        if index not in guarded:
-            guarded[index] = replace(composition.owners[index], gate=place.get("gate"))
-        return guarded[index]
+        if not 0 <= index < len(owners):
+            raise ValueError(f"expected one of {len(owners)} owners, got partition {index}; start fewer nodes")
+        return owners[index]
 
     return find
 
@@ -252,13 +248,15 @@ def _deployed(recipe_source: str, out: str) -> Composition:
     folder = Path(out)
     recipe = load_recipe(recipe_source)
 
-    def gate(name: str) -> Gate | None:
-        if recipe.privacy.unit == "none":
-            return None
-        home = folder / "owners" / name
-        return OwnerGate(lambda: _deployed(recipe_source, out).open_ledger(home / "ledger.jsonl", home / "outbox"))
+    composition = compose(recipe, folder)
+    if not composition.mechanism.private:
+        return composition
 
-    return compose(recipe, folder, gate=gate)
+    def gate(name: str) -> OwnerGate:
+        home = folder / "owners" / name
+        return OwnerGate(lambda: composition.open_ledger(home / "ledger.jsonl", home / "outbox"))
+
+    return replace(composition, owners=tuple(replace(owner, gate=gate(owner.name)) for owner in composition.owners))
 
 
 def _from_run_config(context: Context) -> Composition:
@@ -267,11 +265,7 @@ def _from_run_config(context: Context) -> Composition:
 
 
 def _find_owner(context: Context) -> Owner:
-    composition = _from_run_config(context)
-    index = int(context.node_config["partition-id"])
-    if index >= len(composition.owners):
-        raise ValueError(f"expected one of {len(composition.owners)} owners, got partition {index}; start fewer nodes")
-    return composition.owners[index]
+    return _by_partition(_from_run_config(context).owners)(context)
 
 
 def _find_plan(context: Context) -> ServerPlan:

@@ -7,6 +7,8 @@ summary = run("digits", "runs/digits")
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,7 +59,7 @@ def run(
     with _opened(Path(out), resolved) as folder:
         if folder.begun and not resume:
             raise FolderMismatch(f"expected a fresh folder, got {folder.path} with a run; add --resume or name another")
-        _check(folder)
+        _check(folder, shown)
         twin = _train(folder, shown)
         try:
             _state_privacy(folder)
@@ -74,8 +76,8 @@ def run(
 def train(out: str | Path, *, progress: Progress | None = None) -> dict[str, object]:
     """The training stage of a run directory; goes on from its last checkpoint. Returns the privacy card."""
     with _opened(Path(out)) as folder:
-        _check(folder)
         shown = progress or Silent()
+        _check(folder, shown)
         twin = _train(folder, shown)
         try:
             twin.wait(shown)
@@ -129,8 +131,9 @@ def _need_training(folder: RunFolder) -> None:
     _state_privacy(folder)
 
 
-def _check(folder: RunFolder) -> None:
+def _check(folder: RunFolder, progress: Progress) -> None:
     """What can be known to be wrong before an hour of training."""
+    progress.begin("prepare", 1)
     from tacit.edge.flower_app import build_model
 
     recipe = folder.recipe
@@ -139,6 +142,7 @@ def _check(folder: RunFolder) -> None:
         build_model(recipe)
     except ValueError as error:
         raise RecipeInvalid(str(error), str(folder.path / "recipe.toml")) from None
+    progress.end("recipe, model and passes fit together")
 
 
 def _specs(recipe: Recipe) -> list[VariantSpec]:
@@ -164,19 +168,25 @@ def _train(folder: RunFolder, progress: Progress) -> Twin:
     from tacit.edge.flower_app import train_in_process
 
     twin = Twin(folder)
-    if not folder.trained:
+    if folder.trained:
+        return twin
+
+    def on_row(row: Mapping[str, object]) -> None:
+        folder.log("round", **row)
+        if "note" in row:
+            progress.note(str(row["note"]))
+        else:
+            progress.step(int(str(row["round"])), f"accuracy {_percent(row['accuracy'])}")
+
+    try:
         with _timed(folder, "train"):
             progress.begin("train", folder.recipe.federated.rounds)
-
-            def on_row(row: Mapping[str, object]) -> None:
-                folder.log("round", **row)
-                if "note" in row:
-                    progress.note(str(row["note"]))
-                else:
-                    progress.step(int(str(row["round"])), f"accuracy {_percent(row['accuracy'])}")
-
             train_in_process(folder.recipe, folder.path, run=folder.run, report=on_row)
-            progress.end(privacy_line(_state_privacy(folder)))
+            _state_privacy(folder)
+            progress.end(f"{folder.recipe.federated.rounds} rounds")
+    except BaseException:
+        twin.stop()
+        raise
     return twin
 
 
@@ -193,7 +203,11 @@ def _state_privacy(folder: RunFolder) -> dict[str, object]:
     mechanism = mechanism_of(recipe)
     card = no_privacy_card(folder)
     if mechanism.private:
-        passes = [f"{s.name}: {p.name} ({p.data_use} data)" for s in _specs(recipe) for p in s.passes]
+        passes = [
+            f"{s.name}: {p.name} ({'no' if p.data_use == 'none' else p.data_use} data)"
+            for s in _specs(recipe)
+            for p in s.passes
+        ]
         card = privacy_card(folder, mechanism, data_status=find_task(recipe.task.name).load().status, passes=passes)
     reach("train.before_card")
     folder.write_json(card, "privacy.json")
@@ -208,9 +222,9 @@ def _compress(folder: RunFolder, progress: Progress, *, again: bool) -> dict[str
         progress.begin("compress", len(specs))
         failed = make_variants(folder, specs, progress, again=again)
         if failed:
-            folder.write_json(failed, "variants", "failed.json")
+            folder.write_json(failed, "variants", ".failed.json")
         else:
-            (folder.path / "variants" / "failed.json").unlink(missing_ok=True)
+            (folder.path / "variants" / ".failed.json").unlink(missing_ok=True)
         progress.end(f"{len(specs) - len(failed)} of {len(specs)} variants")
         return failed
 
@@ -231,14 +245,18 @@ def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool)
     if done is not None and not again and _covers(done, artifacts):
         return done
     with _timed(folder, "measure"):
-        progress.begin("measure", len(artifacts))
+        # A step for each artifact alone, and one for each runtime that times its artifacts together.
+        progress.begin("measure", len(artifacts) + len({artifact.path.suffix for artifact in artifacts}))
         data = find_task(folder.recipe.task.name).load()
         inputs = data.public if data.test is None else data.test.inputs
         if inputs is None:
             raise DataProblem("expected public inputs to measure with, got none; declare a public or a test split")
         mode = folder.recipe.devices.mode
+        said = itertools.count(1)
         with LocalDevice() as local:
-            result = measure_artifacts(local, artifacts, inputs[:64], mode=mode, progress=progress.note)
+            result = measure_artifacts(
+                local, artifacts, inputs[:64], mode=mode, progress=lambda text: progress.step(next(said), text)
+            )
         reach("measure.before_write")
         folder.write_json(result, "measure", f"{device}.json")
         progress.end(f"{len(result['artifacts'])} of {len(artifacts)} artifacts on {device}")
@@ -268,12 +286,13 @@ def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
 
 
 def privacy_line(card: Mapping[str, object]) -> str:
-    """ε with everything without which it means nothing."""
+    """ε, rounded up, with everything without which it means nothing."""
     if card.get("unit") == "none":
         return "no privacy guarantee"
+    epsilon = math.ceil(float(str(card["epsilon"])) * 100 - 1e-7) / 100
     return (
-        f"ε = {card['epsilon']:.2f} at δ = {card['delta']:g} ({card['unit']} level, {card['relation']}, "
-        f"{card['accountant']}; adversary: {card['adversary']})"
+        f"ε = {epsilon:.2f} at δ = {card['delta']:g}, {card['unit']} level, {card['relation']}, {card['accountant']}; "
+        f"against {card['adversary']}"
     )
 
 

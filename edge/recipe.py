@@ -159,6 +159,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeInvalid("expected UTF-8 text; save the file as UTF-8", str(path)) from None
     for override in overrides:
         _apply(content, override)
+    _give_way(content, overrides)
     compression = content.setdefault("compression", {})
     if isinstance(compression, dict) and "variants" not in compression:
         built_in = tomllib.loads((BUILT_IN / "digits.toml").read_text(encoding="utf-8"))
@@ -236,6 +237,22 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if len(parsed) > 1:
         raise RecipeInvalid("expected one value, got several lines", f"--set {override!r}")
     content[last] = parsed["value"]
+
+
+def _give_way(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """What is asked for on the command line replaces the file's keys that exclude it."""
+    asked = {override.partition("=")[0].strip() for override in overrides}
+    privacy = content.get("privacy")
+    if not isinstance(privacy, dict):
+        return
+    rivals = {"privacy.epsilon": ["noise_multiplier"], "privacy.noise_multiplier": ["epsilon"]}
+    if privacy.get("unit") == "none":
+        rivals["privacy.unit"] = ["epsilon", "noise_multiplier"]
+    for key, others in rivals.items():
+        if key in asked:
+            for other in others:
+                if f"privacy.{other}" not in asked:
+                    privacy.pop(other, None)
 
 
 def _syntax_error(path: Path, message: str) -> RecipeInvalid:

@@ -56,7 +56,7 @@ class RunFolder:
         self._lock()
         self.recipe = self._adopt(recipe)
         about = self._about()
-        self.run, self.created = str(about["run"]), str(about["created"])
+        self.run, self.created = str(about.get("run")), str(about.get("created"))
 
     @property
     def train(self) -> Path:
@@ -151,7 +151,7 @@ class RunFolder:
 
     def _about(self) -> dict[str, object]:
         about = self.read_json("run.json")
-        if about is None:
+        if about is None or not {"run", "created"} <= set(about):
             about = {"run": secrets.token_hex(8), "created": datetime.now(UTC).isoformat(timespec="seconds")}
             self.write_json(about, "run.json")
         return about

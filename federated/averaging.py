@@ -27,7 +27,8 @@ def mean(updates: Sequence[Arrays]) -> Arrays:
     for update in updates[1:]:
         for name in total:
             total[name] += update[name]
-    return {name: (array / len(updates)).astype(np.float32) for name, array in total.items()}
+    # asarray: NumPy's arithmetic turns arrays of no dimension into scalars, which Flower does not send.
+    return {name: np.asarray(array / len(updates), dtype=np.float32) for name, array in total.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ def momentum_step(
     """
     gradient = {name: weights[name] - averaged[name] for name in weights}
     fresh = gradient if velocity is None else {n: momentum * velocity[n] + gradient[n] for n in weights}
-    moved = {n: (weights[n] - np.float32(learning_rate) * fresh[n]).astype(np.float32) for n in weights}
-    return moved, {n: v.astype(np.float32) for n, v in fresh.items()}
+    moved = {n: np.asarray(weights[n] - np.float32(learning_rate) * fresh[n], dtype=np.float32) for n in weights}
+    return moved, {n: np.asarray(v, dtype=np.float32) for n, v in fresh.items()}
 
 
 @dataclass

@@ -48,6 +48,7 @@ class Chain:
             ChainDamaged: the chain does not hold.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._broken = False
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,7 +85,11 @@ class Chain:
             body = {"seq": sequence, "at": at, **draft, "prev": head}
             head = _digest(body)
             added.append({**body, "hash": head})
-        data = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in added)
+        data = b"".join(_line(entry) + b"\n" for entry in added)
+        if self._broken:
+            raise OSError(
+                5, "expected a ledger that can be written, got one that could not be put right; open it again"
+            )
         reach("chain.before_write")
         try:
             written = os.write(self._descriptor, data)
@@ -93,7 +98,9 @@ class Chain:
             reach("chain.before_fsync")
             os.fsync(self._descriptor)
         except BaseException:
+            self._broken = True  # until the half-written entry is gone
             self._truncate()
+            self._broken = False
             raise
         reach("chain.after_fsync")
         self._bytes += len(data)
@@ -123,17 +130,24 @@ def parse_chain(data: bytes, path: Path) -> tuple[list[Entry], int]:
             raise ChainDamaged(f"expected a chained entry, got damage at {path}:{number}; restore the file")
         entries.append(entry)
         head, good_bytes = str(entry["hash"]), good_bytes + len(line) + 1
+    # A crash cuts a line short; it does not put another byte in the place of the newline.
+    if _parse_line(data[good_bytes:-1], head, len(entries)) is not None:
+        raise ChainDamaged(f"expected a newline at the end, got damage at {path}:{len(entries) + 1}; restore the file")
     return entries, good_bytes
 
 
 def _parse_line(line: bytes, head: str, sequence: int) -> Entry | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+        if not isinstance(entry, dict) or entry.get("prev") != head or entry.get("seq") != sequence:
+            return None
+        return entry if entry.get("hash") == _digest(entry) and line == _line(entry) else None
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or entry.get("prev") != head or entry.get("seq") != sequence:
-        return None
-    return entry if entry.get("hash") == _digest(entry) else None
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode()
 
 
 def _digest(entry: Entry) -> str:

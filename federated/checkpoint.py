@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
@@ -48,8 +49,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint durably and removes all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, np.ndarray] = {f"model.{n}": a for n, a in checkpoint.arrays.items()}
-    tensors |= {f"strategy.{n}": a for n, a in checkpoint.strategy.items()}
+    tensors = {f"model.{n}": _contiguous(a) for n, a in checkpoint.arrays.items()}
+    tensors |= {f"strategy.{n}": _contiguous(a) for n, a in checkpoint.strategy.items()}
     about = {
         "round": checkpoint.round,
         "order": list(checkpoint.arrays),
@@ -60,9 +61,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     data = save(tensors, metadata={"tacit": json.dumps(about)})
     path = folder / f"{checkpoint.round:06d}-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
     write_durably(path, data)
-    for old in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
-        old.unlink()
+    for other in _superseded(folder, path):
+        other.unlink()
     return path
+
+
+def _contiguous(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    # safetensors writes the memory as it lies: a transposed array would come back scrambled, without an error.
+    return np.asarray(array, order="C")
+
+
+def _superseded(folder: Path, newest: Path) -> list[Path]:
+    # A name that sorts after the newest is a damaged one that was passed over: it must not push out a whole one.
+    others = [p for p in sorted(folder.glob("*.safetensors")) if p != newest]
+    older = [p for p in others if p.name[:6] < newest.name[:6]]
+    return [p for p in others if p not in older[1 - _KEPT :]]
 
 
 def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -89,7 +102,9 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def write_weights(path: Path, arrays: Arrays) -> None:
     """Writes a model's arrays as safetensors, durably."""
-    write_durably(path, save(dict(arrays), metadata={"order": json.dumps(list(arrays))}))
+    write_durably(
+        path, save({n: _contiguous(a) for n, a in arrays.items()}, metadata={"order": json.dumps(list(arrays))})
+    )
 
 
 def read_weights(path: Path) -> Arrays:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load, save
@@ -24,6 +27,7 @@ from tacit.federated.train import Arrays, LocalTrainer
 
 __all__ = ["REFUSAL", "CohortGate", "Gate", "Owner", "OwnerGate", "make_client_app", "reservation"]
 
+_LOG = logging.getLogger("tacit")
 REFUSAL = 4  # the error code of a reply whose reason is one of three constants
 
 
@@ -76,8 +80,16 @@ def make_client_app(find_owner: Callable[[Context], Owner]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        owner = find_owner(context)
-        return _train_privately(message, owner, owner.gate) if owner.gate is not None else _train(message, owner)
+        try:
+            owner = find_owner(context)
+        except Exception as error:  # noqa: BLE001  # whose records is not known, so they are treated as private
+            _LOG.error("no owner for this node: %s", type(error).__name__)
+            return Message(Error(REFUSAL, "refused"), reply_to=message)
+        if owner.gate is not None:
+            return _train_privately(message, owner, owner.gate)
+        if owner.mechanism.private:  # without a ledger nothing would be charged
+            return Message(Error(REFUSAL, "refused"), reply_to=message)
+        return _train(message, owner)
 
     return app
 
@@ -122,6 +134,8 @@ def _compute(message: Message, owner: Owner, request: Reservation, gate: Gate) -
         reach("client.before_records")
         arrays = from_record(message.content.array_records["arrays"])
         update = owner.trainer.update(arrays, owner.records(), owner.randomness(request.round))
+        if not all(np.isfinite(array).all() for array in update.values()):
+            raise ValueError("expected a finite update, got NaN or infinity; lower the learning rate")
         payload = save(dict(update))
     except Exception:
         # Charged and not tried again: retrying until it works would condition what leaves on the data.
@@ -160,9 +174,10 @@ def _body_digest(arrays: ArrayRecord, config: ConfigRecord) -> str:
 
 
 def _note(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(traceback.format_exc() + "\n")
+    with contextlib.suppress(OSError):  # a full disk: even that must not raise, or Flower would send its text
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc() + "\n")
 
 
 @dataclass
@@ -187,25 +202,25 @@ class OwnerGate:
 
     def release(self, request: Reservation, payload: bytes) -> None:
         """Outbox, then ledger; payloads of earlier rounds can no longer be asked for."""
-        ledger = self._held()
-        ledger.release(request.round, {request.key: payload})
-        ledger.discard_before(request.round)
-        self._close(ledger)
+        with self._held() as ledger:
+            ledger.release(request.round, {request.key: payload})
+            ledger.discard_before(request.round)
 
     def fail(self, request: Reservation) -> None:
         """Charged, nothing left."""
-        ledger = self._held()
-        ledger.fail([request.key])
-        self._close(ledger)
+        with self._held() as ledger:
+            ledger.fail([request.key])
 
-    def _held(self) -> Ledger:
-        if self._ledger is None:
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[Ledger]:
+        """The ledger, given back even when it cannot be written: kept, it would lock this owner out."""
+        ledger, self._ledger = self._ledger, None
+        if ledger is None:
             raise RuntimeError("expected a granted reservation; reserve first")
-        return self._ledger
-
-    def _close(self, ledger: Ledger) -> None:
-        self._ledger = None
-        ledger.close()
+        try:
+            yield ledger
+        finally:
+            ledger.close()
 
 
 @dataclass
@@ -226,7 +241,9 @@ class CohortGate:
         """Reserves for every client of the cohort."""
         requests = [reservation(message, self.find_owner(context)) for message, context in work]
         turns = self.ledger.reserve(requests)
-        self._turns = {request.key: turn for request, turn in zip(requests, turns, strict=True)}
+        self._turns = {}
+        for request, turn in zip(requests, turns, strict=True):
+            self._turns.setdefault(request.key, turn)  # a message that came twice is refused the second time
         self._payloads, self._failed = {}, []
 
     def reserve(self, request: Reservation) -> Turn:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from tacit.devices.failpoint import reach
 from tacit.federated.accounting import Event, epsilon_pld, epsilon_rdp, merge
-from tacit.federated.chain import GENESIS, Chain, ChainDamaged, Entry, parse_chain
+from tacit.federated.accounts import Account, cost, tally
+from tacit.federated.chain import GENESIS, Chain, Entry
 from tacit.federated.outbox import Outbox
 
-__all__ = ["Account", "Granted", "Ledger", "Refused", "Replay", "Reservation", "Turn", "read_ledger"]
+__all__ = ["Granted", "Ledger", "Refused", "Replay", "Reservation", "Turn"]
 
 _MOST_REOPENS = 2
 
@@ -76,19 +78,6 @@ class Refused:
 Turn = Granted | Replay | Refused
 
 
-@dataclass
-class Account:
-    """What one owner's source has been charged."""
-
-    owner: str
-    source: str
-    history: dict[Event, int] = field(default_factory=dict)
-    reserved: int = 0
-    released: int = 0
-    failed: int = 0
-    reopened: int = 0
-
-
 class Ledger:
     """An open ledger, held by one process until `close`.
 
@@ -118,8 +107,13 @@ class Ledger:
         self._closed: dict[str, str | None] = {}  # key → the payload's SHA-256, or None after a fail
         self._owners: dict[str, Account] = {}
         self._granted: set[str] = set()
-        for entry in self._chain.entries:
-            self._apply(entry)
+        self._mechanisms: dict[str, object] = {}
+        try:
+            for entry in self._chain.entries:
+                self._apply(entry)
+        except BaseException:
+            self._chain.close()
+            raise
 
     @property
     def head(self) -> str:
@@ -163,8 +157,8 @@ class Ledger:
         )
 
     def fail(self, keys: Iterable[str]) -> None:
-        """Records that nothing will leave for these keys: they stay charged and are not tried again."""
-        self._record([self._entry("fail", key) for key in keys])
+        """Records that nothing will leave for these keys of ours: they stay charged and are not tried again."""
+        self._record([self._entry("fail", key) for key in keys if key in self._granted and key in self._open])
 
     def discard_before(self, round_number: int) -> None:
         """Drops payloads of rounds that a durable checkpoint has made unaskable."""
@@ -184,7 +178,11 @@ class Ledger:
             digest = self._closed[key]
             payload = None if digest is None else self._outbox.get(key, digest)
             return Refused("unavailable") if payload is None else Replay(key, payload)
+        if any(other["key"] == key for other in drafts):
+            return Refused("unavailable")
         if key in self._open:
+            if dict(request.mechanism) != self._mechanisms[key]:
+                return Refused("refused")  # the charge was for something else
             # Only a process that died leaves a reservation open, and nothing of it left: fresh noise, same charge.
             if key in self._granted or self._open[key] >= _MOST_REOPENS:
                 return Refused("unavailable")
@@ -199,8 +197,6 @@ class Ledger:
             "round": request.round,
             "mechanism": dict(request.mechanism),
         }
-        if any(other["key"] == key for other in drafts):
-            return Refused("unavailable")
         if not self._fits(draft, drafts):
             return Refused("exhausted")
         drafts.append(draft)
@@ -210,7 +206,7 @@ class Ledger:
         """Whether the owner can afford `draft` on top of all its entries, open ones and this cohort's included."""
         account = self._account(draft)
         same_owner = [d for d in earlier if d["kind"] == "reserve" and self._account(d) is account]
-        costs = [_cost(d) for d in (*same_owner, draft)]
+        costs = [cost(d) for d in (*same_owner, draft)]
         history = merge([*account.history.items(), *costs])
         event = costs[-1][0]
         if len(history) == 1 and history[event] <= self._affordable.get(event, 0):
@@ -221,10 +217,7 @@ class Ledger:
         return fits
 
     def _within(self, history: Mapping[Event, int]) -> bool:
-        rdp = epsilon_rdp(history, self.delta)
-        if rdp <= self.epsilon:
-            return True
-        return rdp <= 50.0 and epsilon_pld(history, self.delta) <= self.epsilon
+        return _fits_budget(frozenset(history.items()), self.epsilon, self.delta)
 
     def _record(self, drafts: Sequence[Entry]) -> None:
         for entry in self._chain.append(drafts):
@@ -232,10 +225,11 @@ class Ledger:
 
     def _apply(self, entry: Entry) -> None:
         kind, key, account = entry["kind"], str(entry["key"]), self._account(entry)
-        _tally(account, entry)
+        tally(account, entry)
         if kind == "reserve":
             self._open[key] = 0
             self._owners[key] = account
+            self._mechanisms[key] = entry["mechanism"]
         elif kind == "reopen":
             self._open[key] += 1
         else:
@@ -251,44 +245,11 @@ class Ledger:
         return {"kind": kind, "owner": account.owner, "source": account.source, "key": key}
 
 
-def read_ledger(path: Path) -> tuple[list[Account], str, str | None]:
-    """Reads and verifies a ledger without taking its lock.
-
-    Returns:
-        The accounts by owner, the head's hash, and a note when the last line was cut short.
-
-    Raises:
-        ChainDamaged: the chain does not hold.
-        FileNotFoundError: there is no such file.
-    """
-    data = path.read_bytes()
-    entries, good_bytes = parse_chain(data, path)
-    accounts: dict[tuple[str, str], Account] = {}
-    for entry in entries:
-        owner, source = str(entry.get("owner")), str(entry.get("source"))
-        _tally(accounts.setdefault((owner, source), Account(owner, source)), entry)
-    note = None if good_bytes == len(data) else f"{path}: the last line was cut short by a crash"
-    return [accounts[name] for name in sorted(accounts)], str(entries[-1]["hash"]) if entries else GENESIS, note
-
-
-def _tally(account: Account, entry: Entry) -> None:
-    kind = entry.get("kind")
-    if kind == "reserve":
-        account.reserved += 1
-        account.history = merge([*account.history.items(), _cost(entry)])
-    elif kind == "release":
-        account.released += 1
-    elif kind == "fail":
-        account.failed += 1
-    elif kind == "reopen":
-        account.reopened += 1
-    else:
-        raise ChainDamaged(f"expected reserve, release, fail or reopen, got kind={kind!r} in entry {entry['seq']}")
-
-
-def _cost(entry: Entry) -> tuple[Event, int]:
-    mechanism = entry.get("mechanism")
-    if not isinstance(mechanism, Mapping):
-        raise ChainDamaged(f"expected a mechanism in a reserve, got {mechanism!r}")
-    event = Event(sample_rate=float(mechanism["sample_rate"]), noise_multiplier=float(mechanism["noise_multiplier"]))
-    return event, int(mechanism["steps"])
+@lru_cache(maxsize=256)
+def _fits_budget(history: frozenset[tuple[Event, int]], epsilon: float, delta: float) -> bool:
+    # Cached, because an owner in a process of its own opens its ledger for each message.
+    rdp = epsilon_rdp(dict(history), delta)
+    if rdp <= epsilon:
+        return True
+    # PLD holds for a plan fixed in advance; mechanisms chosen one after another are held to the RDP filter.
+    return len(history) == 1 and rdp <= 50.0 and epsilon_pld(dict(history), delta) <= epsilon

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tacit.federated.accounting import Event, Spend, calibrate_noise, epsilon_pld, epsilon_rdp, spend
+from tacit.federated.accounting import Event, Spend, calibrate_noise, reported_epsilon, spend
 from tacit.federated.noise import Randomness
 
 __all__ = ["Mechanism", "PrivacyRefused", "clipped_sum", "refuse_mixing_layers"]
@@ -58,6 +58,10 @@ class Mechanism:
     delta: float
 
     def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise PrivacyRefused(f"expected unit among {', '.join(get_args(Unit))}, got unit={self.unit!r}")
+        if not 0.0 < self.delta < 1.0:
+            raise ValueError(f"expected 0 < delta < 1, got delta={self.delta}")
         if not 0.0 < self.sample_rate <= 1.0:
             raise ValueError(f"expected 0 < sample_rate <= 1, got sample_rate={self.sample_rate}")
         if min(self.steps_per_round, self.rounds, self.reference_size) < 1:
@@ -89,9 +93,7 @@ class Mechanism:
 
     def planned_epsilon(self) -> float:
         """ε of all planned participations: PLD, or RDP where that exceeds 50."""
-        history = {self.event: self.rounds * self.steps_per_round}
-        rdp = epsilon_rdp(history, self.delta)
-        return rdp if rdp > 50.0 else epsilon_pld(history, self.delta)
+        return reported_epsilon({self.event: self.rounds * self.steps_per_round}, self.delta)
 
     def spend(self, participations: int) -> Spend:
         """The cost of so many participations, by three accountants."""
@@ -156,11 +158,11 @@ def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list
         gradients: per parameter, (records, *shape); parameters of no dimension are (records,).
         max_grad_norm: C; infinite sums unclipped.
 
-    >>> [float(s) for s in clipped_sum([torch.tensor([3.0, float("nan")])], 1.0)]
-    [0.9999989867210388]
+    >>> [round(float(s), 6) for s in clipped_sum([torch.tensor([3.0, float("nan")])], 1.0)]
+    [0.999999]
     """
     records = gradients[0].shape[0]
-    flat = [g.reshape(records, -1) for g in gradients]  # (records, parameters of one tensor)
+    flat = [g.reshape(records, math.prod(g.shape[1:])) for g in gradients]  # (records, parameters of one tensor)
     squares = sum(torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) ** 2 for g in flat)
     norms = torch.sqrt(torch.as_tensor(squares))  # (records,)
     usable = norms < _LARGEST_NORM  # false for NaN as well
@@ -174,7 +176,10 @@ def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list
 
 
 def refuse_mixing_layers(model: torch.nn.Module) -> None:
-    """Refuses layers that mix the records of a batch, for which one record's gradient is not defined.
+    """Refuses layers in which more than a record's own gradient depends on it, or on randomness that is not secret.
+
+    Batch statistics mix the records of a batch; a buffer may carry what it saw past clip and noise; dropout draws from
+    torch's global generator, whose default seed is a constant.
 
     Raises:
         PrivacyRefused: names the layers and what to use instead.
@@ -182,14 +187,17 @@ def refuse_mixing_layers(model: torch.nn.Module) -> None:
     mixing = [
         name or "model"
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        or (isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or any(True for _ in module.buffers(recurse=False))
     ]
     if mixing:
         raise PrivacyRefused(
-            f"expected a model whose records do not mix, got batch statistics in layer(s) {', '.join(mixing)}; "
+            f"expected a model whose records do not mix, got batch statistics or buffers in layer(s) "
+            f"{', '.join(mixing)}; "
             'use GroupNorm (in a recipe: [model] norm = "group")'
         )
+    seeded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0.0]
+    if seeded:
+        raise PrivacyRefused(f"expected no dropout, got layer(s) {', '.join(seeded)}; its randomness is not secret")
 
 
 def _add_noise(total: list[torch.Tensor], standard_deviation: float, randomness: Randomness) -> list[torch.Tensor]:

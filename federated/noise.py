@@ -63,7 +63,8 @@ class SecretGenerator:
         # A forked child inherits this object's memory: without a new key it would repeat its parent's noise.
         process = os.getpid()
         if self._stream is None or process != self._process:
-            self._stream = SeededGenerator(secrets.randbits(256))
+            # NumPy mixes a seed down to a pool of 128 bits unless the pool is made larger.
+            self._stream = SeededGenerator(np.random.SeedSequence(secrets.randbits(256), pool_size=8))
             self._process = process
         return self._stream
 

@@ -10,11 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tacit.devices.durable import write_durably
 
 __all__ = ["Outbox"]
+
+
+@dataclass(frozen=True)
+class _Header:
+    round: int
+    lengths: Mapping[str, int]
 
 
 class Outbox:
@@ -30,15 +37,17 @@ class Outbox:
         self._places: dict[str, list[tuple[str, int, int]]] = {}
         for path in sorted(folder.glob("*.out")):
             with path.open("rb") as file:
-                header = file.readline()
-            self._index(path.name, json.loads(header), len(header))
+                line = file.readline()
+            header = _parse_header(line)
+            if header is not None:  # what a damaged file held is lost: its keys are answered with "unavailable"
+                self._index(path.name, header, len(line))
 
     def put(self, round_number: int, payloads: Mapping[str, bytes]) -> None:
         """Stores payloads durably, with one fsync for all of them."""
         if not payloads:
             return
-        header = {"round": round_number, "payloads": {key: len(data) for key, data in payloads.items()}}
-        line = json.dumps(header).encode() + b"\n"
+        header = _Header(round_number, {key: len(data) for key, data in payloads.items()})
+        line = json.dumps({"round": header.round, "payloads": header.lengths}).encode() + b"\n"
         name = f"{round_number:06d}-{next(iter(payloads))[:16]}.out"
         write_durably(self._folder / name, line + b"".join(payloads.values()), mode=0o600)
         self._index(name, header, len(line))
@@ -46,9 +55,12 @@ class Outbox:
     def get(self, key: str, digest: str) -> bytes | None:
         """The payload of a key that has this SHA-256, or None when it was never stored or has been discarded."""
         for name, offset, length in self._places.get(key, []):
-            with (self._folder / name).open("rb") as file:
-                file.seek(offset)
-                payload = file.read(length)
+            try:
+                with (self._folder / name).open("rb") as file:
+                    file.seek(offset)
+                    payload = file.read(length)
+            except FileNotFoundError:
+                continue
             if hashlib.sha256(payload).hexdigest() == digest:
                 return payload
         return None
@@ -59,14 +71,10 @@ class Outbox:
             (self._folder / name).unlink(missing_ok=True)
             self._forget(name)
 
-    def _index(self, name: str, header: Mapping[str, object], offset: int) -> None:
-        lengths = header["payloads"]
-        stored = header["round"]
-        if not isinstance(lengths, dict) or not isinstance(stored, int):
-            raise ValueError(f"expected an outbox file, got {self._folder / name}; move it away")
+    def _index(self, name: str, header: _Header, offset: int) -> None:
         self._forget(name)
-        self._rounds[name] = stored
-        for key, length in lengths.items():
+        self._rounds[name] = header.round
+        for key, length in header.lengths.items():
             self._places.setdefault(key, []).append((name, offset, length))
             offset += length
 
@@ -75,3 +83,12 @@ class Outbox:
             return
         kept = {key: [place for place in places if place[0] != name] for key, places in self._places.items()}
         self._places = {key: places for key, places in kept.items() if places}
+
+
+def _parse_header(line: bytes) -> _Header | None:
+    try:
+        header = json.loads(line)
+        lengths = {str(key): int(length) for key, length in header["payloads"].items()}
+        return _Header(int(header["round"]), lengths) if min(lengths.values()) >= 0 else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None

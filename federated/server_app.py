@@ -88,7 +88,6 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
             "accuracy": plan.evaluate(report.round, arrays),
             "clients": report.clients,
             "refusals": report.refusals,
-            "wall_s": round(report.wall_s, 4),
         }
         history.append(row)
         reach("server.before_checkpoint")

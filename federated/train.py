@@ -62,6 +62,7 @@ class LocalTrainer:
         """
         read_arrays(self._model, arrays)
         self._model.train()
+        self._forget()
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         for _ in range(self._mechanism.steps_per_round):
             batch = records.take(self._mechanism.draw_batch(len(records), randomness))
@@ -70,6 +71,16 @@ class LocalTrainer:
                 for parameter, step in zip(parameters, steps, strict=True):
                     parameter.sub_(step, alpha=self._learning_rate)
         return write_arrays(self._model)
+
+    def _forget(self) -> None:
+        """Drops what an owner whose step raised left in the hooks: Opacus would count it to the next owner's."""
+        for module in self._model.modules():
+            for name in ("activations", "max_batch_len"):
+                vars(module).pop(name, None)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+            vars(parameter).pop("_current_grad_sample", None)
+            vars(parameter).update(grad_sample=None, _forward_counter=0)
 
     def _private_step(
         self, batch: Records, parameters: Sequence[torch.nn.Parameter], randomness: Randomness
@@ -90,7 +101,7 @@ class LocalTrainer:
                 # Opacus hooks layers whose inputs, the records, need no gradient.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            yield [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]  # set by Opacus' hooks
+            yield [_per_record(parameter, len(logits)) for parameter in parameters]
             for parameter in parameters:
                 parameter.grad = None
                 parameter.grad_sample = None  # type: ignore[attr-defined]  # as above
@@ -101,6 +112,12 @@ class LocalTrainer:
             return [torch.zeros_like(p) for p in parameters]
         loss = self._task.loss(self._model(torch.from_numpy(batch.inputs)), torch.from_numpy(batch.labels))
         return list(torch.autograd.grad(loss / len(batch), parameters))
+
+
+def _per_record(parameter: torch.nn.Parameter, records: int) -> torch.Tensor:
+    """What Opacus' hooks left at a parameter, (records, *shape); one that the model does not use has no gradient."""
+    gradients: torch.Tensor | None = getattr(parameter, "grad_sample", None)
+    return torch.zeros(records, *parameter.shape) if gradients is None else gradients
 
 
 def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:

@@ -14,7 +14,7 @@ from tacit.devices import failpoint
 from tacit.edge.flower_app import train_in_process
 from tacit.edge.recipe import load_recipe
 from tacit.federated import mechanism
-from tacit.federated.ledger import read_ledger
+from tacit.federated.accounts import read_ledger
 
 ROUNDS, OWNERS = 4, 3
 _SETTINGS = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tacit.federated.ledger import read_ledger
+from tacit.federated.accounts import read_ledger
 
 ROUNDS, OWNERS = 3, 3
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-flower"
