@@ -7,6 +7,7 @@ BIN := .venv/bin
 OUT ?= runs/digits
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
+export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: demo test soak clean
 
