@@ -1,17 +1,13 @@
 """The server's step against a few lines of plain arithmetic."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
-
-with warnings.catch_warnings():  # Flower brings typer, which uses a name that click deprecated
-    warnings.filterwarnings("ignore", "'click", DeprecationWarning)
-    from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
 
 from tacit.federated.averaging import (
     FederatedAveraging,

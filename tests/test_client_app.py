@@ -3,16 +3,12 @@
 import json
 import math
 import os
-import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from torch import nn
-
-with warnings.catch_warnings():  # Flower brings typer, which uses a name that click deprecated
-    warnings.filterwarnings("ignore", "'click", DeprecationWarning)
-    from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from tacit.federated import client_app
 from tacit.federated.accounts import read_ledger

@@ -1,14 +1,9 @@
 """An in-process grid does what Flower's own does: one reply for each message, errors included."""
 
-import warnings
-
 import numpy as np
 import pytest
-
-with warnings.catch_warnings():  # Flower brings typer, which uses a name that click deprecated
-    warnings.filterwarnings("ignore", "'click", DeprecationWarning)
-    from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from tacit.federated.averaging import from_record, to_record
 from tacit.federated.grid import CLIENT_APP_RAISED, InProcessGrid

@@ -2,16 +2,12 @@
 
 import logging
 import random
-import warnings
 
 import numpy as np
 import pytest
-
-with warnings.catch_warnings():  # Flower brings typer, which uses a name that click deprecated
-    warnings.filterwarnings("ignore", "'click", DeprecationWarning)
-    from flwr.app import Context, Message, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp.strategy import FedAvg
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
 from tacit.federated.averaging import FederatedAveraging, from_record, to_record
 from tacit.federated.grid import InProcessGrid, quiet_flower
