@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 import numpy as np
-from tacit.devices.interface import Interface
 from torch import nn
 
+from tacit.devices.interface import Interface
 from tacit.federated.models_image import cnn
 from tacit.federated.noise import public_generator
 from tacit.federated.task import Data, Records, Task

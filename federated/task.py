@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tacit.devices.interface import Interface
 
+from tacit.devices.interface import Interface
 from tacit.federated.noise import public_seed
 
 __all__ = ["Data", "DataProblem", "Records", "Task", "accuracy", "initial_model"]
