@@ -12,6 +12,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .PHONY: demo test soak clean
 
 demo: .venv/.demo
+	@test ! -e "$(OUT)" -o -e "$(OUT)/run.json" || { echo "error: $(OUT) is not a run folder; name another OUT" >&2; exit 2; }
 	@rm -rf "$(OUT)"
 	@$(BIN)/tacit run --out "$(OUT)"
 

@@ -90,6 +90,10 @@ def jitter(public: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Returns:
         Shape (n * repeats, *shape), where repeats makes at least 128 views.
+
+    Example:
+        >>> jitter(torch.zeros(10, 1, 8, 8), torch.Generator().manual_seed(1)).shape
+        torch.Size([130, 1, 8, 8])
     """
     repeats = math.ceil(_MIN_VIEWS / len(public))
     views = public.repeat(repeats, *(1 for _ in public.shape[1:]))

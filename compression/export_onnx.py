@@ -57,6 +57,16 @@ def strip_onnx(path: Path) -> None:
     The exporter writes a stack trace into every node and the shape of every intermediate value: a third of the
     file of a small model, with the paths of the machine it was made on. The quantiser declares every operator domain
     it knows, which a runtime without them may refuse.
+
+    Example:
+        >>> import tempfile
+        >>> graph = onnx.helper.make_graph([], "graph", [], [], doc_string="how it was made")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "model.onnx")
+        ...     onnx.save(onnx.helper.make_model(graph), path)
+        ...     strip_onnx(path)
+        ...     onnx.load(path).graph.doc_string
+        ''
     """
     model = onnx.load(path)
     graph = model.graph
@@ -73,14 +83,33 @@ def strip_onnx(path: Path) -> None:
 
 
 def stamp_onnx(path: Path, stamp: Mapping[str, str]) -> None:
-    """Write `stamp` into the file's metadata, replacing any stamp there; nothing else changes."""
+    """Write `stamp` into the file's metadata, replacing any stamp there; nothing else changes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "model.onnx")
+        ...     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "graph", [], [])), path)
+        ...     stamp_onnx(path, {"tacit.task": "digits"})
+        ...     read_stamp_onnx(path)
+        {'tacit.task': 'digits'}
+    """
     model = onnx.load(path)
     onnx.helper.set_model_props(model, dict(sorted(stamp.items())))
     _write(model, path)
 
 
 def read_stamp_onnx(path: Path) -> dict[str, str]:
-    """Return the metadata written by `stamp_onnx`; empty if there is none."""
+    """Return the metadata written by `stamp_onnx`; empty if there is none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "model.onnx")
+        ...     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "graph", [], [])), path)
+        ...     read_stamp_onnx(path)
+        {}
+    """
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 

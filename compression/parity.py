@@ -41,6 +41,11 @@ class Parity:
 
         Raises:
             ValueError: If the label is not one of `MINIMUM_AGREEMENT`.
+
+        Example:
+            >>> parity = Parity(top1_agreement=0.99, max_abs=0.5, cosine=1.0)
+            >>> parity.passes("float32"), parity.passes("dynamic-range int8")
+            (False, True)
         """
         if label not in MINIMUM_AGREEMENT:
             raise ValueError(f"expected a label of {sorted(MINIMUM_AGREEMENT)}, got label={label!r}; use label_of")
@@ -98,6 +103,12 @@ def check_parity(model: nn.Module, artifact_runtime: ArtifactRuntime, inputs: np
 
     Returns:
         The comparison of the two on these inputs.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> doubled = SimpleNamespace(predict=lambda inputs: 2 * inputs)
+        >>> check_parity(nn.Identity(), doubled, np.eye(2, dtype=np.float32))
+        Parity(top1_agreement=1.0, max_abs=1.0, cosine=1.0)
     """
     training = model.training
     model.eval()

@@ -146,7 +146,12 @@ def label_of(passes: Sequence[Pass]) -> Label:
 
 
 def strongest_data_use(passes: Iterable[Pass]) -> DataUse:
-    """Return the strongest use among the passes: private over public over none."""
+    """Return the strongest use among the passes: private over public over none.
+
+    Example:
+        >>> strongest_data_use(parse_passes([{"name": "prune", "ratio": 0.5}, {"name": "static_int8"}]))
+        'public'
+    """
     return max((step.data_use for step in passes), key=_STRENGTH.index, default="none")
 
 
@@ -155,6 +160,14 @@ def check_material(passes: Iterable[Pass], material: Material) -> None:
 
     Raises:
         ValueError: With the name of the pass and what to do.
+
+    Example:
+        >>> material = Material(example_inputs=torch.zeros(1, 4))
+        >>> check_material(parse_passes([{"name": "dynamic_int8"}]), material)
+        >>> check_material(parse_passes([{"name": "static_int8"}]), material)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: expected public inputs for the pass 'static_int8', got public=None; ...
     """
     for step in passes:
         if step.data_use == "public":
@@ -166,6 +179,11 @@ def require_public(step: Pass, material: Material) -> torch.Tensor:
 
     Raises:
         ValueError: If there are none.
+
+    Example:
+        >>> (step,) = parse_passes([{"name": "static_int8"}])
+        >>> require_public(step, Material(example_inputs=torch.zeros(1, 2), public=torch.ones(3, 2))).shape
+        torch.Size([3, 2])
     """
     if material.public is None:
         raise ValueError(
@@ -194,6 +212,13 @@ def apply_passes(
 
     Raises:
         ValueError: If a pass needs data which are not there, or cannot do its work.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> half = parse_passes([{"name": "prune", "ratio": 0.5}])
+        >>> shaped = apply_passes(model, half, Material(example_inputs=torch.zeros(1, 4)), seed=1)
+        >>> shaped.parameters_before, shaped.parameters
+        (58, 30)
     """
     check_material(passes, material)
     shaped = Shaped(model, Plan(), sum(parameter.numel() for parameter in model.parameters()))

@@ -74,6 +74,10 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: If the plan names a layer that the model has not, an index out of range or out of order, or
             groups that a GroupNorm cannot have.
+
+    Example:
+        >>> replay(nn.Sequential(nn.Linear(4, 8)), Plan({"0": LayerPlan(outputs=(0, 2, 5))}))[0]
+        Linear(in_features=4, out_features=3, bias=True)
     """
     reshaped = copy.deepcopy(model)
     modules = dict(reshaped.named_modules())
@@ -94,7 +98,15 @@ def replay(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def save(folder: Path, model: nn.Module, plan: Plan) -> None:
-    """Write `plan.json` and `weights.safetensors` of a reshaped model into an existing folder."""
+    """Write `plan.json` and `weights.safetensors` of a reshaped model into an existing folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Path(folder), nn.Linear(4, 2), Plan())
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['plan.json', 'weights.safetensors']
+    """
     layers = {
         name: {
             key: value
@@ -127,6 +139,15 @@ def load(folder: Path, model: nn.Module) -> tuple[nn.Module, Plan]:
         ValueError: If the plan is not exactly what `save` writes, does not fit the model, or a weight is missing, too
             many, of another shape or dtype, or not finite.
         OSError: If a file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> model, plan = nn.Sequential(nn.Linear(4, 8)), Plan({"0": LayerPlan(outputs=(0, 2, 5))})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Path(folder), replay(model, plan), plan)
+        ...     reshaped, loaded = load(Path(folder), nn.Sequential(nn.Linear(4, 8)))
+        >>> torch.equal(reshaped[0].weight, model[0].weight[[0, 2, 5]]), loaded == plan
+        (True, True)
     """
     plan = _read_plan(folder / "plan.json")
     reshaped = replay(model, plan)

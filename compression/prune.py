@@ -60,6 +60,12 @@ def prune(
 
     Raises:
         ValueError: If an argument is out of range, or nothing could be removed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> smaller, _, report = prune(model, torch.zeros(1, 4), ratio=0.5)
+        >>> smaller[0], report.parameters_before, report.parameters_after
+        (Linear(in_features=4, out_features=4, bias=True), 58, 30)
     """
     if not 0.0 < ratio < 1.0:
         raise ValueError(f"expected 0 < ratio < 1, got ratio={ratio}; 0.5 removes half of the channels")

@@ -81,6 +81,13 @@ def check_calibration(calibration: npt.NDArray[np.float32]) -> None:
 
     Raises:
         ValueError: If so.
+
+    Example:
+        >>> check_calibration(np.zeros((4, 1, 8, 8), dtype=np.float32))
+        >>> check_calibration(np.full((4, 1, 8, 8), np.nan, dtype=np.float32))
+        Traceback (most recent call last):
+            ...
+        ValueError: expected finite calibration inputs, got NaN or infinity; clean them first
     """
     if calibration.ndim < 2 or len(calibration) == 0 or calibration.dtype != np.float32:
         raise ValueError(

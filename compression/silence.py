@@ -23,6 +23,10 @@ def silenced() -> Iterator[None]:
 
     Raises:
         Exception: Whatever the work raises, with the end of the captured text as a note.
+
+    Example:
+        >>> with silenced():
+        ...     print("a progress bar")
     """
     sys.stdout.flush()
     sys.stderr.flush()

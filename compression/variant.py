@@ -38,6 +38,12 @@ class VariantSpec:
         name: Letters, digits, `_`, `-` and `.`; it becomes a folder's name.
         format: "onnx" or "tflite".
         passes: From `passes.parse_passes`.
+
+    Example:
+        >>> VariantSpec("../elsewhere", "onnx")
+        Traceback (most recent call last):
+            ...
+        ValueError: expected a name of up to 64 letters, digits, '_', '-' and '.', got name='../elsewhere'; rename it
     """
 
     name: str

@@ -47,6 +47,9 @@ def believe_memory(answer: dict[str, Any], wall_ns: int) -> Memory:
 
     Raises:
         ArtifactRefused: A figure is missing, of another type or out of range.
+
+    >>> believe_memory({"peak_memory_bytes": 4096, "baseline_bytes": 0, "load_ns": 500}, wall_ns=1000)
+    Memory(peak_bytes=4096, baseline_bytes=None, load_ns=500)
     """
     return Memory(
         peak_bytes=_integer(answer, "peak_memory_bytes", low=0, high=_MAX_BYTES) or None,
@@ -65,6 +68,14 @@ def believe_timings(answer: dict[str, Any], names: list[str], wall_s: float) -> 
 
     Raises:
         ArtifactRefused: A figure cannot be true, or is of another type.
+
+    >>> answer = {"models": {"small": {"samples_ns": [500, 700], "runs_per_sample": 1}}}
+    >>> believe_timings(answer, ["small"], wall_s=0.001)["small"].samples_ns.tolist()
+    [500, 700]
+    >>> believe_timings(answer, ["small"], wall_s=0.000001)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    tacit.devices.sandbox.ArtifactRefused: expected at most 0.000 s of timed work, ...
     """
     models = answer.get("models")
     if not isinstance(models, dict) or set(models) != set(names):

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from tacit.devices.failpoint import reach
 
-__all__ = ["sync_folder", "write_durably"]
+__all__ = ["FileDamaged", "sync_folder", "write_durably"]
+
+
+class FileDamaged(ValueError):
+    """A file of ours that is not as we wrote it."""
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -25,9 +29,9 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         OSError: no space, no permission; the old content is intact.
 
     >>> import tempfile
-    >>> target = Path(tempfile.mkdtemp()) / "a.json"
-    >>> write_durably(target, b"{}")
-    >>> target.read_bytes()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_durably(Path(folder, "a.json"), b"{}")
+    ...     Path(folder, "a.json").read_bytes()
     b'{}'
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,7 +51,13 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename or a new name inside `folder` durable."""
+    """Makes a rename or a new name inside `folder` durable.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "a.json").touch()
+    ...     sync_folder(Path(folder))  # from here on the name outlives a power cut
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -84,6 +84,10 @@ class Interface:
 
         Raises:
             ValueError: The type is not real, the shape is another, or a value is not finite (also after scaling).
+
+        >>> table = Interface(shape=(2,), mean=(1.0,), std=(2.0,), labels=("no", "yes"))
+        >>> table.preprocess(np.array([[1, 5]]))
+        array([[0., 2.]], dtype=float32)
         """
         raw = np.asarray(raw)
         if raw.dtype.kind not in "biuf":
@@ -113,6 +117,10 @@ class Interface:
 
         Raises:
             ValueError: The shape is another, or a logit is not finite.
+
+        >>> table = Interface(shape=(2,), labels=("no", "yes"))
+        >>> table.postprocess(np.array([[0.0, 0.0]]))
+        [Prediction(label='no', index=0, probability=0.5, probabilities=(0.5, 0.5))]
         """
         logits = np.asarray(logits, dtype=np.float64)
         if logits.ndim != 2 or logits.shape[1] != len(self.labels):
@@ -135,7 +143,11 @@ class Interface:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a dict that ``json.dumps`` takes."""
+        """Return the fields as a dict that ``json.dumps`` takes.
+
+        >>> Interface(shape=(2,), labels=("no", "yes")).to_json()["shape"]
+        [2]
+        """
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
@@ -144,6 +156,10 @@ class Interface:
 
         Raises:
             ValueError: A key is unknown or missing, or a value is not acceptable.
+
+        >>> table = Interface(shape=(2,), labels=("no", "yes"))
+        >>> Interface.from_json(table.to_json()) == table
+        True
         """
         known = {field.name for field in fields(cls)}
         if set(data) != known:

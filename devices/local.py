@@ -25,6 +25,11 @@ class LocalDevice:
     Files are copied into a private folder, as on any device. An ONNX file that names external data therefore finds
     nothing beside itself, and a file that changes later changes no measurement. ``with`` or ``close`` removes the
     folder at once; otherwise it goes with the object.
+
+    >>> with tempfile.TemporaryDirectory() as folder, LocalDevice() as device:
+    ...     _ = Path(folder, "note.txt").write_bytes(b"seen")
+    ...     device.get(device.put(Path(folder, "note.txt")))
+    b'seen'
     """
 
     def __init__(self, name: str = "local", *, limits: Limits | None = None) -> None:

@@ -147,6 +147,10 @@ def judge(samples_ns: npt.NDArray[np.int64], *, runs_per_sample: int = 1, steal_
 
     Raises:
         ValueError: There is no sample, or one is not positive.
+
+    >>> latency = judge(np.full(64, 5000))
+    >>> latency.p50_us, latency.p90_us, latency.p99_us, latency.flags
+    (5.0, 5.0, None, ())
     """
     samples_us = np.asarray(samples_ns, dtype=np.float64) / 1000
     if samples_us.ndim != 1 or not len(samples_us) or samples_us.min() <= 0:

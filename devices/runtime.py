@@ -41,6 +41,12 @@ def identify(path: Path) -> RuntimeName:
     Raises:
         FileNotFoundError: There is no such file.
         ArtifactRefused: The file is empty, of another format, or not a model at all (a Git LFS pointer, a web page).
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "model.tflite")
+    ...     _ = path.write_bytes(b"....TFL3")
+    ...     identify(path)
+    'litert'
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a model file, got path={str(path)!r}; check the path")

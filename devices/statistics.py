@@ -104,6 +104,9 @@ def percentile_interval(samples: Samples, percentile: float, *, confidence: floa
 
     Raises:
         ValueError: The samples are empty or not finite, or an argument is out of range.
+
+    >>> percentile_interval(np.random.default_rng(0).permutation(1000), 50)
+    (467.0, 532.0)
     """
     ordered, fraction = _ordered(samples), _fraction(percentile)
     if not 0 < confidence < 1:
@@ -139,6 +142,9 @@ def coefficient_of_variation(samples: Samples, *, trim: float = 0.01) -> float:
 
     Raises:
         ValueError: The samples are empty or not finite, or ``trim`` is not in [0, 1).
+
+    >>> coefficient_of_variation(np.array([9.0, 11.0]))
+    0.1
     """
     if not 0 <= trim < 1:
         raise ValueError(f"expected 0 <= trim < 1, got trim={trim}; give 0.01")
@@ -190,6 +196,11 @@ def ratio_interval(
 
     Raises:
         ValueError: The samples are empty, not finite or not positive, or an argument is out of range.
+
+    >>> load = np.repeat([1.0, 3.0], 40)  # half-way, something else slows both models down
+    >>> ratio = ratio_interval(200 * load, 100 * load)
+    >>> round(ratio.low, 6), round(ratio.estimate, 6), round(ratio.high, 6)
+    (2.0, 2.0, 2.0)
     """
     if not 0 < confidence < 1 or blocks < 2 or resamples < 1:
         found = f"confidence={confidence} blocks={blocks} resamples={resamples}"

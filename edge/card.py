@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from tacit.devices.durable import FileDamaged
 from tacit.edge.run_folder import RunFolder
-from tacit.federated.accounting import Event, epsilon_pld
-from tacit.federated.accounts import ADVERSARY, Account, find_ledgers, read_ledger, spend_of
-from tacit.federated.checkpoint import read_weights
+from tacit.federated.accounting import Event, reported_epsilon
+from tacit.federated.accounts import ADVERSARY, Account, find_ledgers, has_head, read_ledger, spend_of
+from tacit.federated.chain import ChainDamaged
+from tacit.federated.checkpoint import load_checkpoint, read_weights
 from tacit.federated.client_app import describe_channels
 from tacit.federated.datasets import find_task
 from tacit.federated.mechanism import Mechanism
@@ -24,17 +26,31 @@ _PACKAGES = (
     "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning", "scikit-learn",
 )  # fmt: skip
 
+_VARIANT_KEYS = {"name", "format", "label", "bytes", "sha256", "pruned", "parity", "accuracy", "data_use"}
 _SIMULATED = (
-    "Simulated: one process held every owner's data. ε bounds what the shipped files, the models of all rounds and the "
-    "uploads reveal to someone who sees only these; against the server it describes the recipe deployed, not this run. "
-    "Noise not hardened."
+    "Simulated: one process held every owner's data. ε bounds what the shipped files{released} "
+    "reveal to someone who sees only these; {server} {noise}"
 )
+_UPLOADS_TOO = {
+    "released": ", the models of all rounds and the uploads",
+    "server": "against the server it describes the recipe deployed, not this run.",
+}
+_WORDS = {
+    "record": _UPLOADS_TOO,
+    "local": _UPLOADS_TOO,
+    "client": {
+        "released": " and the models of all rounds",
+        "server": "the server sees updates that are clipped and not noised, and nothing is promised against it.",
+    },
+}
 _BENCHMARK = "Public benchmark data: ε describes the mechanism, not protection of these records."
 _RECORD = "One record is assumed to live at one owner."
+_TWIN = "trained without noise and uncharged, on public benchmark data only; its curve is shown, its model deleted"
+_THIS_RUN = "This run alone: other runs over the same records, tuning included, add up."
 
 
 def privacy_card(
-    folder: RunFolder, mechanism: Mechanism, *, data_status: str, passes: Sequence[str]
+    folder: RunFolder, mechanism: Mechanism, *, data_status: str, passes: Sequence[str], with_prv: bool = True
 ) -> dict[str, object]:
     """The privacy card of a finished training, from its ledger.
 
@@ -43,26 +59,34 @@ def privacy_card(
         mechanism: what the run planned.
         data_status: "private" or "public-benchmark".
         passes: "variant: pass (data use)" of every pass that will follow.
+        with_prv: also ask Opacus' accountant, which takes seconds to import.
 
     Raises:
-        ChainDamaged: a ledger that does not hold.
+        ChainDamaged: a ledger that does not hold, is gone, or says less than was trained.
         ArithmeticError: accountants that disagree.
-        FileNotFoundError: no ledger at all.
     """
     accounts, heads = _read_ledgers(folder.path)
-    costs = spend_of(accounts, mechanism.delta)
+    _check_ledger(folder, accounts, mechanism)
+    costs = spend_of(accounts, mechanism.delta, with_prv=with_prv)
     cost = max(costs, key=lambda spent: spent.epsilon)
-    statement = [_SIMULATED, *([_BENCHMARK] if data_status == "public-benchmark" else []), _RECORD]
+    noise = "Noise on an integer grid." if mechanism.hardened else "Noise not hardened."
+    statement = [_SIMULATED.format(**_WORDS[mechanism.unit], noise=noise)]
+    statement += [_BENCHMARK] if data_status == "public-benchmark" else []
+    statement += [_RECORD] if mechanism.unit == "record" else []
+    statement += [_THIS_RUN]
     return {
         "unit": mechanism.unit,
-        "relation": "add/remove",
-        "adversary": ADVERSARY,
+        "relation": mechanism.relation,
+        "adversary": ADVERSARY[mechanism.unit],
         "epsilon": cost.epsilon,
         "delta": cost.delta,
         "accountant": cost.accountant,
         "epsilon_rdp": cost.epsilon_rdp,
         "epsilon_prv": cost.epsilon_prv,
-        "epsilon_by_owner": {a.owner: spent.epsilon for a, spent in zip(accounts, costs, strict=True)},
+        # At client level the server keeps one ledger for all: every client has the same ε.
+        "epsilon_by_owner": {a.owner: spent.epsilon for a, spent in zip(accounts, costs, strict=True)}
+        if mechanism.unit != "client"
+        else {},
         "noise_multiplier": mechanism.noise_multiplier,
         "max_grad_norm": mechanism.max_grad_norm,
         "sample_rate": mechanism.sample_rate,
@@ -74,17 +98,36 @@ def privacy_card(
         "reopened": sum(account.reopened for account in accounts),
         "scope": "simulated",
         "engine": _engine(folder),
-        "server_adversary": "by design only",
-        "noise": "not hardened",
+        "server_adversary": "none" if mechanism.unit == "client" else "by design only",
+        "noise": "hardened (grid); sampler not exact, not timing-hardened" if mechanism.hardened else "not hardened",
         "randomness": "secret, from the operating system; no seed",
         "data_status": data_status,
         "code": "not signed",
-        "channels": [f"{name}: {how}" for name, how in describe_channels(private=True).items()],
+        "channels": [f"{name}: {how}" for name, how in describe_channels(mechanism.unit).items()],
+        **({"twin": _TWIN} if folder.recipe.report.twin and data_status == "public-benchmark" else {}),
         "later_passes": list(passes),
         "ledger_head": heads[0] if len(heads) == 1 else hashlib.sha256("".join(heads).encode()).hexdigest(),
         **({"ledger_heads": heads} if len(heads) > 1 else {}),
         "statement": " ".join(statement),
     }
+
+
+def _check_ledger(folder: RunFolder, accounts: Sequence[Account], mechanism: Mechanism) -> None:
+    """A ledger that says less than the training did is not the training's.
+
+    Raises:
+        ChainDamaged: says in what.
+    """
+    foreign = [a.owner for a in accounts if set(a.history) - {mechanism.event}]
+    if foreign:
+        raise ChainDamaged(f"expected charges of this recipe's mechanism, got others for {foreign[0]}; restore ledgers")
+    rounds, charged = len(_rounds(folder.train / "rounds.jsonl")), max(account.reserved for account in accounts)
+    if charged < rounds:
+        raise ChainDamaged(f"expected at least {rounds} participations, got {charged}; restore the newest ledger")
+    newest, _ = load_checkpoint(folder.train / "checkpoint")
+    ledgers = find_ledgers(folder.path)
+    if newest and newest.ledger_head and not any(has_head(path, newest.ledger_head) for path in ledgers):
+        raise ChainDamaged(f"expected the ledger of round {newest.round}, got an older one; restore the newest ledger")
 
 
 def no_privacy_card(folder: RunFolder) -> dict[str, object]:
@@ -110,7 +153,7 @@ def summarise(folder: RunFolder) -> dict[str, object]:
     rounds = _rounds(folder.train / "rounds.jsonl")
     twin = _rounds(folder.train / "twin" / "rounds.jsonl")
     curve = _epsilon_curve(privacy, len(rounds))
-    measured = {path.stem: folder.read_json("measure", path.name) or {} for path in _files(folder.path / "measure")}
+    measured = {path.stem: _measurement(folder, path) for path in _files(folder.path / "measure")}
     return {
         "schema_version": 1,
         "task": folder.recipe.task.name,
@@ -140,7 +183,12 @@ def summarise(folder: RunFolder) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every installed package that a run rests on."""
+    """Versions of Python and of every installed package that a run rests on.
+
+    Example:
+        >>> versions()["python"] == platform.python_version()
+        True
+    """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -158,7 +206,7 @@ def _read_ledgers(path: Path) -> tuple[list[Account], list[str]]:
         accounts += found
         heads.append(head)
     if not accounts:
-        raise FileNotFoundError(f"expected a ledger with entries in {path}, got none; train first")
+        raise ChainDamaged(f"expected a ledger with entries in {path}, got none; restore it")
     return accounts, heads
 
 
@@ -168,6 +216,9 @@ def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
         variant = folder.read_json("variants", entry.name, "variant.json")
         if variant is None:
             continue
+        if not set(variant) >= _VARIANT_KEYS:
+            missing = ", ".join(sorted(_VARIANT_KEYS - set(variant)))
+            raise FileDamaged(f"expected {missing} in variants/{entry.name}/variant.json; run tacit compress again")
         latency = {}
         for device, content in measured.items():
             artifacts = content.get("artifacts")
@@ -175,6 +226,13 @@ def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
                 latency[device] = artifacts[entry.name]
         listed.append({**variant, "latency": latency})
     return listed
+
+
+def _measurement(folder: RunFolder, path: Path) -> dict[str, object]:
+    content = folder.read_json("measure", path.name) or {}
+    if not isinstance(content.get("artifacts"), dict) or not isinstance(content.get("failed"), dict):
+        raise FileDamaged(f"expected artifacts and failed as tables in {path}; run tacit measure again")
+    return content
 
 
 def _failures(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, str]]:
@@ -194,9 +252,11 @@ def _epsilon_curve(privacy: Mapping[str, object], rounds: int, points: int = 12)
     event = Event(
         sample_rate=float(str(privacy["sample_rate"])), noise_multiplier=float(str(privacy["noise_multiplier"]))
     )
-    steps, delta = int(str(privacy["steps_per_round"])), float(str(privacy["delta"]))
+    steps = int(str(privacy["steps_per_round"])) if privacy["unit"] == "record" else 1
+    delta = float(str(privacy["delta"]))
     chosen = sorted({round(1 + (rounds - 1) * i / (points - 1)) for i in range(points)})
-    return {r: epsilon_pld({event: r * steps}, delta, discretisation=1e-3) for r in chosen}
+    curve = {r: reported_epsilon({event: r * steps}, delta, discretisation=1e-3) for r in chosen}
+    return {**curve, rounds: float(str(privacy["epsilon"]))}
 
 
 def _shown(row: Mapping[str, object]) -> dict[str, object]:

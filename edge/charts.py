@@ -53,14 +53,25 @@ class _Chart:
 
 
 def spent_by_owner(privacy: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return (owner, ε), the largest first."""
+    """Return (owner, ε), the largest first.
+
+    Example:
+        >>> spent_by_owner({"epsilon_by_owner": {"anna": 1.2, "ben": 3.4}})
+        [('ben', 3.4), ('anna', 1.2)]
+    """
     by_owner = privacy.get("epsilon_by_owner")
     found = [(str(o), e) for o, v in by_owner.items() if (e := finite(v)) is not None] if by_owner else []
     return sorted(found, key=lambda pair: (-pair[1], pair[0]))
 
 
 def timings_of(summary: Mapping[str, Any]) -> list[Timing]:
-    """Return every median latency that was measured, in the order of the variants."""
+    """Return every median latency that was measured, in the order of the variants.
+
+    Example:
+        >>> small = {"name": "small", "latency": {"local": {"runtime": "litert", "p50_us": 42.0}}}
+        >>> [(t.variant, t.device, t.runtime, t.p50_us) for t in timings_of({"variants": [small]})]
+        [('small', 'local', 'litert', 42.0)]
+    """
     timings = []
     for variant in summary["variants"]:
         for device, found in (variant.get("latency") or {}).items():
@@ -92,12 +103,25 @@ def _pair(value: object) -> Point | None:
 
 
 def devices_of(timings: Sequence[Timing]) -> list[str]:
-    """Return the devices, each once, in the order in which they appear."""
+    """Return the devices, each once, in the order in which they appear.
+
+    Example:
+        >>> small = {"name": "small", "latency": {"phone": {"p50_us": 90.0}, "local": {"p50_us": 42.0}}}
+        >>> devices_of(timings_of({"variants": [small, small]}))
+        ['phone', 'local']
+    """
     return list(dict.fromkeys(t.device for t in timings))
 
 
 def runtimes_of(timings: Sequence[Timing]) -> list[str]:
-    """Return the runtimes, each once; their order gives them colour and marker."""
+    """Return the runtimes, each once; their order gives them colour and marker.
+
+    Example:
+        >>> latency = {"local": {"p50_us": 42.0}}
+        >>> variants = [{"format": name, "latency": latency} for name in ("tflite", "onnx", "tflite")]
+        >>> runtimes_of(timings_of({"variants": variants}))
+        ['tflite', 'onnx']
+    """
     return list(dict.fromkeys(t.runtime for t in timings))
 
 
@@ -119,7 +143,9 @@ def draw_charts(summary: Mapping[str, Any]) -> dict[str, str]:
     budget = _trace(training.get("rounds"), "epsilon")
     charts: list[_Chart] = []
     if private or twin:
-        curves = [("private" if spent or budget else "this run", private), ("twin", twin)]
+        # Neither the owners' table nor a round's ε says it: both may be empty at client level.
+        protected = summary["privacy"].get("unit", "none") != "none"
+        curves = [("private" if protected else "this run", private), ("twin", twin)]
         draw = partial(_draw_curves, curves=curves, text=percent)
         charts.append(_Chart("accuracy", "Accuracy over the rounds of training", draw, 3.1))
     if budget:

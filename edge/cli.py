@@ -35,6 +35,7 @@ _CODES = {
     "FolderHeld": 5,
     "ChainHeld": 5,
     "ChainDamaged": 6,
+    "FileDamaged": 6,
     "ArtifactRefused": 6,
     "ModuleNotFoundError": 7,
     "MemoryError": 7,

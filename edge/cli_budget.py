@@ -44,11 +44,14 @@ def show(ledger: Path, /, *, delta: Annotated[float | None, Parameter(help="The 
         f"{r['owner']:<12} {r['epsilon']:>7.3f} {r['steps']:>6} {r['released']:>9} {r['failed']:>7} {r['reopened']:>9}"
         for r in rows
     ]
-    accountants = ", ".join(sorted({str(row["accountant"]) for row in rows})) or "nothing charged"
-    lines.append(f"record level, add/remove, δ = {at:g}, {accountants}; every reservation counts;")
-    lines.append(f"against {ADVERSARY}")
+    accountants = ", ".join(sorted({str(row["accountant"]) for row in rows}))
+    levels = sorted({(str(row["unit"]), str(row["relation"])) for row in rows})
+    lines += [
+        f"{unit} level, {relation}, δ = {at:g}, {accountants}; every reservation counts;\nagainst {ADVERSARY[unit]}"
+        for unit, relation in levels
+    ] or ["nothing charged"]
     lines += [f"note: {note}" for note in notes]
-    data = {"accounts": rows, "heads": [head for _, head, _ in read], "adversary": ADVERSARY, "notes": notes}
+    data = {"accounts": rows, "heads": [head for _, head, _ in read], "notes": notes}
     return Outcome(text="\n".join(lines), data=data)
 
 
@@ -86,13 +89,16 @@ def _planned_delta(ledger: Path) -> float:
 
 
 def _rows(accounts: list[Account], delta: float) -> list[dict[str, object]]:
-    from tacit.federated.accounts import spend_of
+    from tacit.federated.accounts import ADVERSARY, spend_of
 
     costs = spend_of(accounts, delta, with_prv=False)
     return [
         {
             "owner": account.owner,
             "source": account.source,
+            "unit": account.unit,
+            "relation": account.relation,
+            "adversary": ADVERSARY[account.unit],
             "epsilon": cost.epsilon,
             "delta": delta,
             "accountant": cost.accountant,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,8 @@ def init(folder: Path, /) -> Outcome:
         raise FolderMismatch(f"expected a new or empty folder, got other files in {folder}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(recipe, (BUILT_IN / "digits.toml").read_bytes())
-    return Outcome(
-        text=f"{recipe} written; edit it, then: tacit run {folder} --out {folder}", data={"recipe": str(recipe)}
-    )
+    command = f"tacit run {shlex.quote(str(recipe))} --out={shlex.quote(str(folder))}"
+    return Outcome(text=f"{recipe} written; edit it, then: {command}", data={"recipe": str(recipe), "next": command})
 
 
 def doctor() -> Outcome:

@@ -46,7 +46,7 @@ def run(
     resolved = load_recipe(recipe, overrides)
     console = _console()
     try:
-        folder = out or Path("runs") / resolved.task.name
+        folder = (out or Path("runs") / resolved.task.name).expanduser()
         summary = run_pipeline(resolved, folder, resume=resume, progress=console)
     finally:
         console.stop()

@@ -65,6 +65,10 @@ def examine() -> list[Check]:
     Returns:
         One check per question, always in the same order. "fail" means that a command of Tacit will not work or not
         be safe, "warn" that something is missing, slower or untested. Each of both carries a command as its hint.
+
+    Example:
+        >>> [check.name for check in examine()][:2]
+        ['python', 'numpy']
     """
     here, temporary = _working_folder(), _temporary_folder()
     named = shlex.quote(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  named in a hint, not written to

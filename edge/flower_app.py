@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,17 +16,20 @@ from tacit.edge.recipe import Recipe, load_recipe
 from tacit.federated import partition
 from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
 from tacit.federated.client_app import CohortGate, Owner, OwnerGate, make_client_app
+from tacit.federated.clipping import AdaptiveClip
+from tacit.federated.cohorts import PoissonCohorts
 from tacit.federated.datasets import find_task
 from tacit.federated.grid import InProcessGrid, quiet_flower
 from tacit.federated.ledger import Ledger
-from tacit.federated.mechanism import Mechanism
+from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import Randomness, SecretGenerator, SeededGenerator, public_seed
 from tacit.federated.outbox import Outbox
+from tacit.federated.secure_noise import SecureGenerator
 from tacit.federated.server_app import LedgerView, ServerPlan, make_server_app
-from tacit.federated.task import Data, Model, Task, accuracy, initial_model
+from tacit.federated.task import Data, DataProblem, Model, Records, Task, accuracy, initial_model
 from tacit.federated.train import Arrays, LocalTrainer, read_arrays, write_arrays
 
-__all__ = ["Composition", "client_app", "compose", "mechanism_of", "server_app", "train_in_process"]
+__all__ = ["Composition", "check_plan", "client_app", "compose", "mechanism_of", "server_app", "train_in_process"]
 
 Report = Callable[[Mapping[str, object]], None]
 Role = Literal["private", "twin"]
@@ -51,7 +54,7 @@ class Composition:
     def open_ledger(self, path: Path, outbox: Path) -> Ledger:
         """Opens a ledger with the recipe's budget, its plan evaluated once."""
         ledger = Ledger(path, Outbox(outbox), epsilon=self.budget, delta=self.mechanism.delta)
-        ledger.plan(self.mechanism.event, self.mechanism.rounds * self.mechanism.steps_per_round)
+        ledger.plan(self.mechanism.event, self.mechanism.rounds * self.mechanism.events_per_round)
         return ledger
 
 
@@ -75,15 +78,18 @@ def compose(recipe: Recipe, folder: Path, *, role: Role = "private") -> Composit
     task = find_task(recipe.task.name)
     model = build_model(recipe)
     mechanism = mechanism_of(recipe, role)
-    trainer = LocalTrainer(task, model, mechanism, learning_rate=recipe.federated.learning_rate)
+    federated = recipe.federated
+    trainer = LocalTrainer(
+        task, model, mechanism, learning_rate=federated.learning_rate, batch_rate=federated.batch_rate
+    )
     data = task.load()
-    shares = _shares(recipe, data)
-    secret = SecretGenerator()
+    count, read = _reader(recipe, data)
+    secret = _secret(mechanism)
 
     def randomness(name: str) -> Callable[[int], Randomness]:
         if mechanism.private:
             return lambda _: secret
-        return lambda server_round: SeededGenerator(public_seed(recipe.federated.seed, "batch", name, server_round))
+        return lambda server_round: SeededGenerator(public_seed(federated.seed, "batch", name, server_round))
 
     owners = tuple(
         Owner(
@@ -92,12 +98,12 @@ def compose(recipe: Recipe, folder: Path, *, role: Role = "private") -> Composit
             source=task.name,
             mechanism=mechanism,
             trainer=trainer,
-            records=lambda share=share: data.private.take(share),  # type: ignore[misc]  # binds this owner's share
+            records=partial(read, index),
             randomness=randomness(name),
             gate=None,
             log=folder / "owners" / name / "errors.log",
         )
-        for index, (name, share) in enumerate(zip(partition.owner_names(len(shares)), shares, strict=True))
+        for index, name in enumerate(partition.owner_names(count))
     )
     return Composition(recipe=recipe, task=task, data=data, model=model, mechanism=mechanism, owners=owners)
 
@@ -107,6 +113,10 @@ def build_model(recipe: Recipe) -> Model:
 
     Raises:
         ValueError: parameters that do not fit together.
+
+    Example:
+        >>> sum(parameter.numel() for parameter in build_model(load_recipe("digits")).parameters())
+        10026
     """
     task = find_task(recipe.task.name)
     parameters = recipe.model.model_dump(exclude={"family"})
@@ -131,7 +141,8 @@ def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, 
     ledger, gate = None, None
     if composition.mechanism.private:
         ledger = composition.open_ledger(folder / "ledger.jsonl", folder / "train" / "outbox")
-        gate = CohortGate(ledger, _by_partition(composition.owners))
+        if composition.mechanism.unit != "client":
+            gate = CohortGate(ledger, _by_partition(composition.owners))
         if ledger.repaired:
             report({"note": ledger.repaired})
     try:
@@ -139,8 +150,7 @@ def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, 
         guarded = [replace(owner, gate=gate) for owner in composition.owners]
         grid = InProcessGrid(make_client_app(_by_partition(guarded)), contexts, gate)
         target = folder / "train" if role == "private" else folder / "train" / "twin"
-        view = LedgerView(lambda: ledger.head, ledger.seen, ledger.discard_before) if ledger else None
-        plan = _server_plan(composition, target, run=run, report=report, ledger=view)
+        plan = _server_plan(composition, target, run=run, report=report, ledger=ledger)
         make_server_app(lambda _: plan)(grid, _context(-1, len(composition.owners)))
     finally:
         if ledger is not None:
@@ -159,80 +169,145 @@ def _by_partition(owners: Sequence[Owner]) -> Callable[[Context], Owner]:
 
 
 def _server_plan(
-    composition: Composition, folder: Path, *, run: str, report: Report, ledger: LedgerView | None
+    composition: Composition, folder: Path, *, run: str, report: Report, ledger: Ledger | None
 ) -> ServerPlan:
     federated = composition.recipe.federated
-    scratch = build_model(composition.recipe)
+    scratch, client_level = build_model(composition.recipe), composition.mechanism.unit == "client"
     test = composition.data.test
 
     def evaluate(_: int, arrays: Arrays) -> float | None:
         read_arrays(scratch, arrays)
         return None if test is None else accuracy(scratch, test)
 
-    optimizer = ServerOptimizer(
-        learning_rate=federated.server_learning_rate,
-        momentum=federated.server_momentum if federated.strategy == "fedavgm" else 0.0,
-        schedule=federated.schedule,
-    )
     return ServerPlan(
         folder=folder,
         recipe=composition.recipe.digest(),
         initial=write_arrays(scratch),
         run=run,
         rounds=federated.rounds,
-        quorum=federated.quorum or 1,
-        strategy=FederatedAveraging(rounds=federated.rounds, optimizer=optimizer),
-        ledger=ledger,
+        # Who answers is secret at client level, so its quorum is counted before the draw.
+        quorum=0 if client_level else federated.quorum or 1,
+        secret_cohorts=client_level,
+        resumed=bool(ledger and ledger.accounts) or (folder / "checkpoint").is_dir(),
+        strategy=_strategy(composition, ledger if client_level else None),
+        ledger=LedgerView(lambda: ledger.head, ledger.seen, ledger.discard_before) if ledger else None,
         evaluate=evaluate,
         progress=report,
     )
 
 
 def mechanism_of(recipe: Recipe, role: Role = "private") -> Mechanism:
-    """The mechanism that a recipe's constants come to; calibrating its noise takes about a second."""
+    """The mechanism that a recipe's constants come to; calibrating its noise takes about a second.
+
+    Example:
+        >>> mechanism_of(load_recipe("digits", ["privacy.noise_multiplier=1.5"])).noise_multiplier
+        1.5
+    """
     privacy, federated = recipe.privacy, recipe.federated
-    unlimited = math.inf if privacy.max_grad_norm is None else privacy.max_grad_norm
-    if role == "twin" or privacy.unit == "none":
-        return Mechanism(
-            unit="none",
-            sample_rate=privacy.sample_rate,
-            max_grad_norm=unlimited,
-            noise_multiplier=0.0,
-            steps_per_round=federated.local_steps,
-            rounds=federated.rounds,
-            reference_size=privacy.reference_size,
-            delta=privacy.delta,
-        )
-    constants = {
-        "max_grad_norm": unlimited,
-        "steps_per_round": federated.local_steps,
-        "reference_size": privacy.reference_size,
-    }
-    if privacy.noise_multiplier is None and privacy.epsilon is not None:
-        return Mechanism.for_budget(
-            epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            sample_rate=privacy.sample_rate,
-            rounds=federated.rounds,
-            **constants,
-        )
-    return Mechanism(
-        unit="record",
-        sample_rate=privacy.sample_rate,
-        noise_multiplier=privacy.noise_multiplier or 0.0,
-        rounds=federated.rounds,
-        delta=privacy.delta,
-        max_grad_norm=unlimited,
+    silent = Mechanism(
+        unit=privacy.unit,
+        sample_rate=privacy.sample_rate or 1.0,
+        max_grad_norm=math.inf if privacy.max_grad_norm is None else privacy.max_grad_norm,
+        noise_multiplier=0.0,
         steps_per_round=federated.local_steps,
-        reference_size=privacy.reference_size,
+        rounds=federated.rounds,
+        reference_size=privacy.reference_size or 1,
+        delta=privacy.delta,
+        twin=privacy.unit != "none",
+        hardened=privacy.noise == "hardened",
+    )
+    if role == "twin" or privacy.unit == "none":
+        return silent
+    if privacy.noise_multiplier is not None:
+        return replace(silent, noise_multiplier=privacy.noise_multiplier, twin=False)
+    return silent.calibrated(privacy.epsilon or 0.0)
+
+
+def check_plan(recipe: Recipe) -> None:
+    """What would stop a run, or spoil its end, asked before its beginning.
+
+    Raises:
+        DataProblem: an owner without records.
+        PrivacyRefused: a plan whose ε is not finite, or on which the accountants disagree.
+    """
+    _reader(recipe, find_task(recipe.task.name).load())
+    mechanism = mechanism_of(recipe)
+    if not mechanism.private:
+        return
+    try:
+        epsilon = mechanism.spend(mechanism.rounds).epsilon
+    except (ArithmeticError, ValueError, MemoryError) as error:
+        raise PrivacyRefused(f"expected a plan that the accountants agree on, got: {error}") from None
+    if not math.isfinite(epsilon):
+        raise PrivacyRefused(f"expected a finite ε, got {epsilon} for noise_multiplier={mechanism.noise_multiplier}")
+
+
+def _reader(recipe: Recipe, data: Data) -> tuple[int, Callable[[int], Records]]:
+    """How many owners there are, and what reads the records of each."""
+    federated = recipe.federated
+    if federated.partition == "natural":
+        if data.of_owner is None:
+            raise DataProblem(
+                f"expected data that come by owner for federated.partition='natural', got task {recipe.task.name!r}; "
+                "use dirichlet or iid"
+            )
+        return federated.owners, data.of_owner
+    if data.private is None:
+        raise DataProblem(
+            f"expected federated.partition='natural' for task {recipe.task.name!r}, whose data come by owner, "
+            f"got {federated.partition!r}"
+        )
+    pool, labels = data.private, data.private.labels
+    if federated.partition == "iid":
+        shares = partition.iid(labels, federated.owners, seed=federated.seed)
+    else:
+        shares = partition.dirichlet(labels, federated.owners, alpha=federated.alpha, seed=federated.seed)
+    return len(shares), lambda index: pool.take(shares[index])
+
+
+def _strategy(composition: Composition, ledger: Ledger | None) -> FederatedAveraging | PoissonCohorts:
+    recipe, mechanism = composition.recipe, composition.mechanism
+    federated = recipe.federated
+    optimizer = ServerOptimizer(
+        learning_rate=federated.server_learning_rate,
+        momentum=federated.server_momentum if federated.strategy == "fedavgm" else 0.0,
+        schedule=federated.schedule,
+    )
+    if mechanism.unit != "client":
+        return FederatedAveraging(rounds=federated.rounds, optimizer=optimizer)
+    secret = _secret(mechanism)
+
+    def randomness(server_round: int) -> Randomness:
+        return secret if mechanism.private else SeededGenerator(public_seed(federated.seed, "cohort", server_round))
+
+    return PoissonCohorts(
+        mechanism=mechanism,
+        rounds=federated.rounds,
+        optimizer=optimizer,
+        randomness=randomness,
+        source=composition.task.name,
+        quorum=federated.quorum or 1,
+        ledger=ledger,
+        clip=_adaptive_clip(recipe, mechanism),
     )
 
 
-def _shares(recipe: Recipe, data: Data) -> partition.Shares:
-    federated, labels = recipe.federated, data.private.labels
-    if federated.partition == "iid":
-        return partition.iid(labels, federated.owners, seed=federated.seed)
-    return partition.dirichlet(labels, federated.owners, alpha=federated.alpha, seed=federated.seed)
+def _secret(mechanism: Mechanism) -> Randomness:
+    return SecureGenerator() if mechanism.hardened else SecretGenerator()
+
+
+def _adaptive_clip(recipe: Recipe, mechanism: Mechanism) -> AdaptiveClip | None:
+    if recipe.privacy.clip == "fixed":
+        return None
+    try:
+        return AdaptiveClip.start(
+            clip_norm=mechanism.max_grad_norm,
+            noise_multiplier=mechanism.noise_multiplier,
+            expected_cohort=mechanism.normaliser,
+            target_quantile=recipe.privacy.target_quantile,
+        )
+    except ValueError as error:
+        raise PrivacyRefused(str(error)) from None
 
 
 def _context(index: int, owners: int) -> Context:
@@ -249,7 +324,7 @@ def _deployed(recipe_source: str, out: str) -> Composition:
     recipe = load_recipe(recipe_source)
 
     composition = compose(recipe, folder)
-    if not composition.mechanism.private:
+    if not composition.mechanism.private or composition.mechanism.unit == "client":
         return composition
 
     def gate(name: str) -> OwnerGate:
@@ -277,7 +352,10 @@ def _find_plan(context: Context) -> ServerPlan:
     def report(row: Mapping[str, object]) -> None:
         folder.log("round", **row)
 
-    return _server_plan(composition, folder.train, run=folder.run, report=report, ledger=None)
+    ledger = None
+    if composition.mechanism.private and composition.mechanism.unit == "client":
+        ledger = composition.open_ledger(folder.path / "ledger.jsonl", folder.train / "outbox")
+    return _server_plan(composition, folder.train, run=folder.run, report=report, ledger=ledger)
 
 
 client_app = make_client_app(_find_owner)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tacit.devices.durable import FileDamaged
 from tacit.devices.failpoint import reach
 from tacit.edge.progress import Progress, Silent
 from tacit.edge.recipe import Recipe, RecipeInvalid, load_recipe
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from tacit.devices.protocol import Artifact
 
 __all__ = ["compress", "measure", "report", "run", "train"]
+
+
+_USED = {"none": "weights only", "public": "public data", "private": "private data"}
 
 
 def run(
@@ -59,7 +64,7 @@ def run(
     with _opened(Path(out), resolved) as folder:
         if folder.begun and not resume:
             raise FolderMismatch(f"expected a fresh folder, got {folder.path} with a run; add --resume or name another")
-        _check(folder, shown)
+        _check(resolved, "the recipe" if isinstance(recipe, Recipe) else str(recipe), shown)
         twin = _train(folder, shown)
         try:
             _state_privacy(folder)
@@ -77,7 +82,7 @@ def train(out: str | Path, *, progress: Progress | None = None) -> dict[str, obj
     """The training stage of a run directory; goes on from its last checkpoint. Returns the privacy card."""
     with _opened(Path(out)) as folder:
         shown = progress or Silent()
-        _check(folder, shown)
+        _check(folder.recipe, str(folder.path / "recipe.toml"), shown)
         twin = _train(folder, shown)
         try:
             twin.wait(shown)
@@ -120,9 +125,11 @@ def _opened(path: Path, recipe: Recipe | None = None) -> Iterator[RunFolder]:
 def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
     started = time.monotonic()
     folder.log("begin", stage=stage)
-    yield
-    folder.add_wall_time(stage, started)
-    folder.log("end", stage=stage)
+    try:
+        yield
+    finally:  # interrupted sessions count too
+        folder.add_wall_time(stage, started)
+        folder.log("end", stage=stage)
 
 
 def _need_training(folder: RunFolder) -> None:
@@ -131,18 +138,18 @@ def _need_training(folder: RunFolder) -> None:
     _state_privacy(folder)
 
 
-def _check(folder: RunFolder, progress: Progress) -> None:
-    """What can be known to be wrong before an hour of training."""
+def _check(recipe: Recipe, where: str, progress: Progress) -> None:
+    """What can be known to be wrong before a folder is touched and a record is charged."""
     progress.begin("prepare", 1)
-    from tacit.edge.flower_app import build_model
+    from tacit.edge.flower_app import build_model, check_plan
 
-    recipe = folder.recipe
     try:
         _specs(recipe)
         build_model(recipe)
     except ValueError as error:
-        raise RecipeInvalid(str(error), str(folder.path / "recipe.toml")) from None
-    progress.end("recipe, model and passes fit together")
+        raise RecipeInvalid(str(error), where) from None
+    check_plan(recipe)
+    progress.end("recipe, model and data fit")
 
 
 def _specs(recipe: Recipe) -> list[VariantSpec]:
@@ -170,6 +177,7 @@ def _train(folder: RunFolder, progress: Progress) -> Twin:
     twin = Twin(folder)
     if folder.trained:
         return twin
+    folder.bind()
 
     def on_row(row: Mapping[str, object]) -> None:
         folder.log("round", **row)
@@ -196,22 +204,31 @@ def _state_privacy(folder: RunFolder) -> dict[str, object]:
     from tacit.edge.flower_app import mechanism_of
     from tacit.federated.datasets import find_task
 
-    card = folder.read_json("privacy.json")
-    if card is not None:
-        return card
     recipe = folder.recipe
     mechanism = mechanism_of(recipe)
-    card = no_privacy_card(folder)
-    if mechanism.private:
-        passes = [
-            f"{s.name}: {p.name} ({'no' if p.data_use == 'none' else p.data_use} data)"
-            for s in _specs(recipe)
-            for p in s.passes
-        ]
-        card = privacy_card(folder, mechanism, data_status=find_task(recipe.task.name).load().status, passes=passes)
+    written = folder.read_json("privacy.json")
+    if not mechanism.private:
+        card = no_privacy_card(folder)
+    else:
+        passes = [f"{s.name}: {p.name} ({_USED[p.data_use]})" for s in _specs(recipe) for p in s.passes]
+        status = find_task(recipe.task.name).load().status
+        card = privacy_card(folder, mechanism, data_status=status, passes=passes, with_prv=written is None)
+    if written is not None:
+        _compare_cards(folder, written, card)
+        return written
     reach("train.before_card")
     folder.write_json(card, "privacy.json")
     return card
+
+
+def _compare_cards(folder: RunFolder, written: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """The card must be what the ledger gives; a Python float survives JSON unchanged."""
+    other = [key for key in found if key != "epsilon_prv" and written.get(key) != found[key]]
+    if other or set(written) != set(found):
+        raise FileDamaged(
+            f"expected the card that the ledger gives, got {folder.path / 'privacy.json'} with another "
+            f"{', '.join(other[:3]) or 'set of fields'}; delete it and it is written anew"
+        )
 
 
 def _compress(folder: RunFolder, progress: Progress, *, again: bool) -> dict[str, str]:
@@ -276,7 +293,13 @@ def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
 
     with _timed(folder, "report"):
         progress.begin("report", 1)
-        summary = summarise(folder)
+        try:
+            summary = summarise(folder)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise FileDamaged(
+                f"expected files written by tacit in {folder.path}, got {type(error).__name__} {error}; "
+                "run the stages again"
+            ) from error
         reach("report.before_write")
         write_report(summary, folder.path / "report.html")
     summary = {**summary, "wall_s": folder.wall_s()}
@@ -286,7 +309,13 @@ def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
 
 
 def privacy_line(card: Mapping[str, object]) -> str:
-    """ε, rounded up, with everything without which it means nothing."""
+    """ε, rounded up, with everything without which it means nothing.
+
+    Example:
+        >>> card = {"unit": "record", "epsilon": 1.231, "delta": 1e-5, "relation": "add/remove"}
+        >>> privacy_line({**card, "accountant": "PLD", "adversary": "everyone"})
+        'ε = 1.24 at δ = 1e-05, record level, add/remove, PLD; against everyone'
+    """
     if card.get("unit") == "none":
         return "no privacy guarantee"
     epsilon = math.ceil(float(str(card["epsilon"])) * 100 - 1e-7) / 100

@@ -58,10 +58,11 @@ class FederatedTable(_Table):
     """Who learns together, and how."""
 
     owners: Count = 10
-    partition: Literal["dirichlet", "iid"] = "dirichlet"
+    partition: Literal["dirichlet", "iid", "natural"] = "dirichlet"
     alpha: Positive = 0.5
     rounds: Count = 80
     local_steps: Count = 1
+    batch_rate: Probability = 0.3
     learning_rate: Positive = 0.25
     strategy: Literal["fedavg", "fedavgm"] = "fedavgm"
     server_learning_rate: Positive = 1.0
@@ -75,13 +76,16 @@ class FederatedTable(_Table):
 class PrivacyTable(_Table):
     """What is guaranteed."""
 
-    unit: Literal["record", "none"] = "record"
+    unit: Literal["record", "client", "local", "none"] = "record"
     epsilon: Positive | None = None
     noise_multiplier: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     max_grad_norm: Positive | None = None
-    sample_rate: Probability = 0.4
-    reference_size: Count = 128
+    sample_rate: Probability | None = None
+    reference_size: Count | None = None
+    noise: Literal["fast", "hardened"] = "fast"
+    clip: Literal["fixed", "adaptive"] = "fixed"
+    target_quantile: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
 
 
 class VariantTable(_Table):
@@ -124,7 +128,12 @@ class Recipe(_Table):
     report: ReportTable = ReportTable()
 
     def to_toml(self) -> str:
-        """The resolved recipe, every default written out; keys that are not set are left out."""
+        """The resolved recipe, every default written out; keys that are not set are left out.
+
+        Example:
+            >>> Recipe().to_toml().splitlines()[2:4]
+            ['[task]', 'name = "digits"']
+        """
         import tomli_w
 
         return "# Resolved by tacit: every default is written out.\n\n" + tomli_w.dumps(
@@ -132,7 +141,12 @@ class Recipe(_Table):
         )
 
     def digest(self) -> str:
-        """SHA-256 of the resolved content; comments and order do not count."""
+        """SHA-256 of the resolved content; comments and order do not count.
+
+        Example:
+            >>> load_recipe("digits").digest() == load_recipe("digits", ["federated.seed=2"]).digest()
+            False
+        """
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
@@ -146,6 +160,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeInvalid: syntax, unknown key, type or range; says where.
         RecipeRefused: keys that exclude each other.
+
+    Example:
+        >>> load_recipe("digits", ["federated.rounds=5"]).federated.rounds
+        5
     """
     path = _find(source)
     try:
@@ -172,7 +190,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors."""
+    """The JSON schema of a recipe, for editors.
+
+    Example:
+        >>> "privacy" in recipe_schema()["properties"]
+        True
+    """
     return Recipe.model_json_schema()
 
 
@@ -190,25 +213,7 @@ def _find(source: str | Path) -> Path:
 
 def _resolve(recipe: Recipe, content: Mapping[str, Any]) -> Recipe:
     """Fills in what depends on other keys and refuses what cannot hold together."""
-    privacy = recipe.privacy
-    given = content.get("privacy", {})
-    if privacy.unit == "none":
-        spare = [key for key in ("epsilon", "noise_multiplier") if given.get(key) is not None]
-        if spare:
-            raise RecipeRefused(f"expected no privacy.{spare[0]} with privacy.unit='none', got both; remove one")
-    else:
-        if privacy.epsilon is not None and privacy.noise_multiplier is not None:
-            raise RecipeRefused("expected privacy.epsilon or privacy.noise_multiplier, got both; remove one")
-        if recipe.model.norm == "batch":
-            layers = ", ".join(f"normalisation {i + 1}" for i in range(len(recipe.model.channels)))
-            raise RecipeRefused(
-                f"expected layers that do not mix records, got BatchNorm ({layers} of model {recipe.model.family!r}) "
-                "under privacy.unit='record'; set model.norm = \"group\""
-            )
-        filled: dict[str, Any] = {"max_grad_norm": privacy.max_grad_norm or 1.0}
-        if privacy.epsilon is None and privacy.noise_multiplier is None:
-            filled["epsilon"] = 8.0
-        privacy = privacy.model_copy(update=filled)
+    privacy = _resolve_privacy(recipe, content.get("privacy", {}))
     owners = recipe.federated.owners
     quorum = recipe.federated.quorum or (owners + 1) // 2
     federated = recipe.federated.model_copy(update={"engine": "sequential", "quorum": quorum})
@@ -219,6 +224,53 @@ def _resolve(recipe: Recipe, content: Mapping[str, Any]) -> Recipe:
         twice = next(name for name in names if names.count(name) > 1)
         raise RecipeRefused(f"expected different names for variants, got {twice!r} twice; rename one")
     return recipe.model_copy(update={"privacy": privacy, "federated": federated})
+
+
+# What each unit samples at when the recipe does not say; at client level it is the clients that are sampled.
+_SAMPLE_RATES = {"record": 0.4, "none": 0.4, "client": 0.1, "local": 1.0}
+
+
+def _resolve_privacy(recipe: Recipe, given: Mapping[str, Any]) -> PrivacyTable:
+    privacy = recipe.privacy
+    filled: dict[str, Any] = {"sample_rate": privacy.sample_rate or _SAMPLE_RATES[privacy.unit]}
+    if privacy.reference_size is None:
+        filled["reference_size"] = {"client": recipe.federated.owners, "local": 1}.get(privacy.unit, 128)
+    if privacy.clip == "adaptive" and privacy.unit != "client":
+        raise RecipeRefused(
+            f"expected privacy.clip='fixed' with privacy.unit={privacy.unit!r}, got 'adaptive'; it needs unit client"
+        )
+    if privacy.noise == "hardened" and (privacy.clip == "adaptive" or privacy.unit == "none"):
+        raise RecipeRefused(
+            "expected privacy.noise='fast' with privacy.clip='adaptive' or privacy.unit='none', got 'hardened'; "
+            "the noise on bits is not on the grid, and without a guarantee there is none"
+        )
+    if privacy.unit == "none":
+        spare = [key for key in ("epsilon", "noise_multiplier") if given.get(key) is not None]
+        if spare:
+            raise RecipeRefused(f"expected no privacy.{spare[0]} with privacy.unit='none', got both; remove one")
+        if recipe.model.norm == "batch" and privacy.max_grad_norm is not None:
+            raise RecipeRefused(
+                "expected no privacy.max_grad_norm with model.norm='batch', got both: records that mix have no "
+                "gradient of their own to clip; remove one"
+            )
+        return privacy.model_copy(update=filled)
+    if privacy.epsilon is not None and privacy.noise_multiplier is not None:
+        raise RecipeRefused("expected privacy.epsilon or privacy.noise_multiplier, got both; remove one")
+    if privacy.unit == "local" and filled["sample_rate"] != 1.0:
+        raise RecipeRefused(
+            f"expected privacy.sample_rate=1 with privacy.unit='local', got {filled['sample_rate']}; "
+            "an owner that noises its own update is not hidden in a sample"
+        )
+    if recipe.model.norm == "batch":
+        layers = ", ".join(f"normalisation {i + 1}" for i in range(len(recipe.model.channels)))
+        raise RecipeRefused(
+            f"expected layers that do not mix records, got BatchNorm ({layers} of model {recipe.model.family!r}) "
+            f'under privacy.unit={privacy.unit!r}; set model.norm = "group"'
+        )
+    filled["max_grad_norm"] = privacy.max_grad_norm or 1.0
+    if privacy.epsilon is None and privacy.noise_multiplier is None:
+        filled["epsilon"] = 8.0
+    return privacy.model_copy(update=filled)
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -247,7 +299,9 @@ def _give_way(content: dict[str, Any], overrides: Sequence[str]) -> None:
         return
     rivals = {"privacy.epsilon": ["noise_multiplier"], "privacy.noise_multiplier": ["epsilon"]}
     if privacy.get("unit") == "none":
-        rivals["privacy.unit"] = ["epsilon", "noise_multiplier"]
+        rivals["privacy.unit"] = ["epsilon", "noise_multiplier", "max_grad_norm"]
+    elif privacy.get("unit") in ("client", "local"):
+        rivals["privacy.unit"] = ["sample_rate", "reference_size"]  # the file's were for another unit
     for key, others in rivals.items():
         if key in asked:
             for other in others:

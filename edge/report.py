@@ -5,12 +5,12 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tacit.edge.charts import MARKERS, devices_of, draw_charts, runtimes_of, spent_by_owner, timings_of
-from tacit.edge.wording import UNMEASURED, duration, epsilon, finite, moment, percent, plain, points, size
+from tacit.edge.wording import UNMEASURED, apart, duration, epsilon, finite, moment, percent, plain, points, size
 
 __all__ = ["write_report"]
 
@@ -31,6 +31,16 @@ _LABELS = {
     "max_grad_norm": "clipping norm",
 }
 _MOST_LISTED_OWNERS = 200
+_MOST_LISTED_FACTS = 24
+# What a measurement's flags mean, by tacit.devices.protocol.Latency.
+_FLAGS: Final = {
+    "noisy": "the spread (relative standard deviation) is above 10\u00a0%",
+    "drift": "the medians of the first and the last third of the measurement differ by more than 5\u00a0%",
+    "averaged": "runs were timed in groups, because one is shorter than 100 clock ticks or there are too many to keep "
+    "each; the tail is flatter than a user would see",
+    "few-samples": "too few runs to support a 90th percentile",
+    "steal": "other virtual machines took more than 2\u00a0% of the processor's time",
+}
 
 
 def write_report(summary: Mapping[str, Any], path: Path) -> None:
@@ -46,6 +56,13 @@ def write_report(summary: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: If the summary has another schema version, or a part of it is the wrong kind of container.
         OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report({"schema_version": 1}, Path(folder, "report.html"))
+        ...     Path(folder, "report.html").read_text(encoding="utf-8")[:15]
+        '<!doctype html>'
     """
     path.write_text(_render(_checked(_printable(summary))), encoding="utf-8", newline="\n")
 
@@ -90,9 +107,10 @@ def _render(summary: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for text_of in (percent, points, size, duration, epsilon, plain, moment):
+    for text_of in (apart, percent, points, size, duration, epsilon, plain, moment):
         environment.filters[text_of.__name__] = text_of
-    privacy, timings, spent = summary["privacy"], timings_of(summary), spent_by_owner(summary["privacy"])
+    privacy, timings, variants = summary["privacy"], timings_of(summary), summary["variants"]
+    spent, owners = spent_by_owner(privacy), _count_owners(summary)
     return environment.get_template("report.html.j2").render(
         s=summary,
         css=Markup(css),  # noqa: S704  our own file
@@ -101,9 +119,12 @@ def _render(summary: dict[str, Any]) -> str:
         void="VOID" in str(privacy.get("noise")),
         private=privacy.get("unit", "none") != "none",
         ability=_ABILITIES.get(str(summary.get("task"))),
-        owners=_owner_count(summary),
+        owners=_name_owners(owners),
+        alone=owners == 1,
         accuracy_interval=_wilson(summary["accuracy"], finite(summary.get("test_examples"))),
-        baselines={v.get("format"): v.get("bytes") for v in summary["variants"] if v.get("label") == "float32"},
+        forms=_describe_forms(variants),
+        baselines=_find_baselines(variants),
+        flags=_explain_flags(variants),
         fastest=min(timings, key=lambda t: t.p50_us, default=None),
         runtimes=[(MARKERS[i % 4][1], f"series-{i % 4}", name) for i, name in enumerate(runtimes_of(timings))],
         timed_devices=devices_of(timings),
@@ -124,14 +145,53 @@ def _wilson(share: float | None, examples: float | None) -> tuple[float, float] 
     return middle - half, middle + half
 
 
+# What the page says about the variants.
+
+
+def _describe_forms(variants: Sequence[Mapping[str, Any]]) -> str:
+    """Return what was made of the one training: "6 forms: some are pruned, distilled or quantised"."""
+    names = {p.get("name") for v in variants for p in v.get("passes") or [] if isinstance(p, Mapping)}
+    made = {
+        "pruned": "prune" in names or any(finite(v.get("pruned")) for v in variants),
+        "distilled": "distill" in names,
+        "quantised": any("int8" in str(v.get("label")) for v in variants),
+    }
+    done = [word for word, is_true in made.items() if is_true]
+    *others, last = done or ["as it was trained"]
+    if len(variants) == 1:
+        return f"one form, {', '.join(others)}{' and ' if others else ''}{last}"
+    some = f": some are {', '.join(others)}{' or ' if others else ''}{last}" if done else ""
+    return f"{len(variants)} forms{some}"
+
+
+def _find_baselines(variants: Sequence[Mapping[str, Any]]) -> dict[object, object]:
+    """Return each format's size in bytes of the float32 file that no pass has touched; the first one counts."""
+    untouched = (v for v in variants if v.get("label") == "float32" and not v.get("passes"))
+    baselines: dict[object, object] = {}
+    for variant in untouched:
+        baselines.setdefault(variant.get("format"), variant.get("bytes"))
+    return baselines
+
+
+def _explain_flags(variants: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the meaning of every flag that some measurement carries."""
+    found = [timing or {} for v in variants for timing in (v.get("latency") or {}).values()]
+    raised = {str(flag) for timing in found for flag in timing.get("flags") or []}
+    return {flag: meaning for flag, meaning in _FLAGS.items() if flag in raised}
+
+
 # What the page says about privacy.
 
 
-def _owner_count(summary: Mapping[str, Any]) -> str:
+def _count_owners(summary: Mapping[str, Any]) -> int | None:
     count = summary["training"].get("owners") or len(spent_by_owner(summary["privacy"]))
-    if not isinstance(count, int) or count < 1:
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def _name_owners(count: int | None) -> str:
+    if count is None:
         return "Several owners"
-    return f"{_COUNTS[count] if count < len(_COUNTS) else count} owner{'s' if count > 1 else ''}"
+    return f"{_COUNTS[count] if count < len(_COUNTS) else plain(count)} owner{'s' if count > 1 else ''}"
 
 
 def _privacy_facts(privacy: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -142,8 +202,23 @@ def _privacy_facts(privacy: Mapping[str, Any]) -> list[tuple[str, str]]:
             continue
         text = plain(value)
         if key.startswith("epsilon"):
-            text = f"{epsilon(value)} at δ = {plain(privacy.get('delta'))}"
-            if value is None:
-                text = "not cross-checked" if key != "epsilon" else UNMEASURED
+            text = _state_epsilon(key, privacy)
+        elif isinstance(value, list) and len(value) > _MOST_LISTED_FACTS:  # such as the ledger heads of all owners
+            first, more = plain(value[:_MOST_LISTED_FACTS]), plain(len(value) - _MOST_LISTED_FACTS)
+            text = f"{first} and {more} more, in summary.json"
         facts.append((_LABELS.get(key, key.replace("_", " ")), text))
     return facts
+
+
+def _state_epsilon(key: str, privacy: Mapping[str, Any]) -> str:
+    """Return an ε with its δ and, where it is an accountant's second opinion, why it is not the reported one."""
+    value = privacy[key]
+    if value is None:
+        return "not cross-checked" if key != "epsilon" else UNMEASURED
+    # Where the reported ε is itself by RDP, no other figure is tighter.
+    looser = ", looser" if value != privacy.get("epsilon") else ""
+    reasons = {
+        "epsilon_prv": " (its error margin of 0.01 is added on top)",
+        "epsilon_rdp": f" (an upper bound{looser})",
+    }
+    return f"{epsilon(value)} at δ = {plain(privacy.get('delta'))}{reasons.get(key, '')}"

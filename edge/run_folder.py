@@ -47,6 +47,8 @@ class RunFolder:
             OSError: it cannot be written.
         """
         self.path = path
+        if path.exists() and not path.is_dir():
+            raise FolderMismatch(f"expected a folder, got the file {path}; name another --out")
         held = path / "recipe.toml"
         if recipe is None and not held.is_file():
             raise FolderMismatch(f"expected a run folder with a recipe.toml, got {path}; `tacit init {path}` makes one")
@@ -56,7 +58,13 @@ class RunFolder:
         self._lock()
         self.recipe = self._adopt(recipe)
         about = self._about()
-        self.run, self.created = str(about.get("run")), str(about.get("created"))
+        self.run, self.created = str(about["run"]), str(about["created"])
+        if about.get("recipe") not in (None, self.recipe.digest()):
+            self.close()
+            raise FolderMismatch(
+                f"expected the recipe that {path} was trained with, got an edited recipe.toml; undo the edit, or name "
+                "another --out"
+            )
 
     @property
     def train(self) -> Path:
@@ -107,6 +115,10 @@ class RunFolder:
         spent = self._about().get("wall_s")
         return dict(spent) if isinstance(spent, dict) else {}
 
+    def bind(self) -> None:
+        """From here on the folder is this recipe's: called when training begins."""
+        self.write_json({**self._about(), "recipe": self.recipe.digest()}, "run.json")
+
     def close(self) -> None:
         """Gives the lock back."""
         os.close(self._descriptor)
@@ -133,6 +145,11 @@ class RunFolder:
             except RecipeInvalid:
                 self.close()
                 raise
+            differs = recipe is not None and recipe.digest() != present.digest()
+            ours = held.read_text(encoding="utf-8") == present.to_toml()
+            if recipe is not None and differs and ours and not self.begun:
+                write_durably(held, recipe.to_toml().encode())  # nothing was done by the other one, and nobody wrote it
+                return recipe
             if recipe is not None and recipe.digest() != present.digest():
                 self.close()
                 raise FolderMismatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,14 +28,25 @@ class Twin:
         self._log = folder.path / "twin.log"
         self._process: subprocess.Popen[bytes] | None = None
         wanted = recipe.report.twin and recipe.privacy.unit != "none"
-        if not wanted or (folder.train / "twin" / "weights.safetensors").is_file():
+        if (folder.train / "twin" / "rounds.jsonl").is_file():
+            _forget_model(folder.train / "twin")
+            self._log.unlink(missing_ok=True)
+            return
+        if not wanted:
             return
         if find_task(recipe.task.name).load().status != "public-benchmark":
             return
         code = "import sys; from tacit.edge.twin import train_twin; train_twin(sys.argv[1], int(sys.argv[2]))"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(folder.path), str(os.getpid())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    code,  # -P: nothing is imported from the current folder
+                    str(folder.path),
+                    str(os.getpid()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -70,3 +82,10 @@ def train_twin(path: str, parent: int) -> None:
 
     folder = Path(path)
     train_in_process(load_recipe(folder / "recipe.toml"), folder, run="twin", report=on_row, role="twin")
+    _forget_model(folder / "train" / "twin")
+
+
+def _forget_model(folder: Path) -> None:
+    """Keeps the twin's curve and nothing else: its model carries no guarantee and must not be shipped by mistake."""
+    (folder / "weights.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)

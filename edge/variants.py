@@ -15,16 +15,17 @@ from tacit.compression.material import Material
 from tacit.compression.parity import compare
 from tacit.compression.passes import Shaped, apply_passes
 from tacit.compression.variant import VariantSpec, build_variant, export_float
+from tacit.devices.durable import FileDamaged
 from tacit.devices.failpoint import reach
 from tacit.devices.protocol import Artifact
 from tacit.devices.runtime import open_artifact
 from tacit.edge.flower_app import build_model
 from tacit.edge.progress import Progress
 from tacit.edge.run_folder import RunFolder
-from tacit.federated.checkpoint import read_weights
+from tacit.federated.checkpoint import load_checkpoint, read_weights
 from tacit.federated.datasets import find_task
 from tacit.federated.task import Data
-from tacit.federated.train import read_arrays
+from tacit.federated.train import Arrays, read_arrays
 
 __all__ = ["built_artifacts", "make_variants"]
 
@@ -68,7 +69,7 @@ class _Workshop:
         self._folder, self._seed = folder, recipe.federated.seed
         self._data = task.load()
         self._model = build_model(recipe)
-        read_arrays(self._model, read_weights(folder.train / "weights.safetensors"))
+        read_arrays(self._model, _trained_weights(folder))
         self._model.eval()
         public = None if self._data.public is None else torch.from_numpy(self._data.public)
         self._material = Material(
@@ -83,7 +84,10 @@ class _Workshop:
     def has(self, spec: VariantSpec) -> bool:
         """Whether the variant is there, judged, and stamped with this run's privacy."""
         about = self._folder.read_json("variants", spec.name, "variant.json")
-        return about is not None and "parity" in about and about.get("stamp") == self.stamp
+        if about is None or "parity" not in about or about.get("stamp") != self.stamp:
+            return False
+        path = _artifact(self._folder, about).path
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == about.get("sha256")
 
     def make(self, spec: VariantSpec) -> None:
         """Builds a variant and says how well it does."""
@@ -129,9 +133,36 @@ class _Workshop:
 
 
 def built_artifacts(folder: RunFolder) -> list[Artifact]:
-    """The artifacts that a run has, in the order of its recipe."""
+    """The artifacts that a run has, in the order of its recipe.
+
+    Raises:
+        FileDamaged: one is not the file that was judged.
+    """
     found = (folder.read_json("variants", e.name, "variant.json") for e in folder.recipe.compression.variants)
-    return [_artifact(folder, about) for about in found if about is not None]
+    artifacts = []
+    for about in found:
+        if about is None:
+            continue
+        artifact = _artifact(folder, about)
+        if not artifact.path.is_file() or hashlib.sha256(artifact.path.read_bytes()).hexdigest() != about["sha256"]:
+            raise FileDamaged(
+                f"expected the file that was judged, got another or none at {artifact.path}; "
+                f"`tacit compress {folder.path}` makes it anew"
+            )
+        artifacts.append(artifact)
+    return artifacts
+
+
+def _trained_weights(folder: RunFolder) -> Arrays:
+    """The trained model, compared with the last checkpoint, whose name holds its digest."""
+    path = folder.train / "weights.safetensors"
+    arrays = read_weights(path)
+    newest, _ = load_checkpoint(folder.train / "checkpoint")
+    if newest and newest.round == folder.recipe.federated.rounds:
+        changed = [name for name in newest.arrays if not np.array_equal(newest.arrays[name], arrays.get(name, 0))]
+        if changed:
+            raise FileDamaged(f"expected the weights of the last round, got another {changed[0]} in {path}; restore it")
+    return arrays
 
 
 def _artifact(folder: RunFolder, about: Mapping[str, object]) -> Artifact:

@@ -6,14 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-__all__ = ["UNMEASURED", "duration", "epsilon", "finite", "moment", "percent", "plain", "points", "size"]
+__all__ = ["UNMEASURED", "apart", "duration", "epsilon", "finite", "moment", "percent", "plain", "points", "size"]
 
 UNMEASURED = "not measured"
 _SPACE = "\u00a0"  # between a number and its unit: never breaks the line
 
 
 def finite(value: object) -> float | None:
-    """Return a finite number, or None: what is no number was not measured."""
+    """Return a finite number, or None: what is no number was not measured.
+
+    Example:
+        >>> finite(3), finite(float("nan")), finite("3")
+        (3.0, None, None)
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -34,13 +39,33 @@ def percent(value: object) -> str:
 
 
 def points(value: object, reference: object) -> str:
-    """Return the difference of two shares in percentage points, with its sign, or an empty string."""
+    """Return the difference of two shares in percentage points, with its sign, or an empty string.
+
+    Example:
+        >>> points(0.97, 0.95).replace("\u00a0", " "), points(0.97, None)
+        ('+2 pt', '')
+    """
     share, other = finite(value), finite(reference)
     if share is None or other is None:
         return ""
     difference = round(100 * (share - other), 1)
     sign = "±" if not difference else "+" if difference > 0 else "\N{MINUS SIGN}"
     return f"{sign}{abs(difference):g}{_SPACE}pt"
+
+
+def apart(with_noise: object, without_noise: object) -> str:
+    """Return how far two accuracies are apart, and which of them is higher, or an empty string.
+
+    Example:
+        >>> apart(0.94, 0.967).replace("\u00a0", " "), apart(0.94, 0.94).replace("\u00a0", " "), apart(0.94, None)
+        ('2.7 pt apart, higher without noise', 'less than 0.1 pt apart', '')
+    """
+    difference = points(without_noise, with_noise)
+    if not difference:
+        return ""
+    if difference.startswith("±"):
+        return f"less than 0.1{_SPACE}pt apart"
+    return f"{difference[1:]} apart, higher {'without' if difference.startswith('+') else 'with'} noise"
 
 
 def _scaled(value: object, units: Sequence[str]) -> str:
@@ -54,18 +79,33 @@ def _scaled(value: object, units: Sequence[str]) -> str:
 
 
 def size(size_bytes: object) -> str:
-    """Return a size in decimal units with three digits (42440 bytes: 42.4 kB)."""
+    """Return a size in decimal units with three digits (42440 bytes: 42.4 kB).
+
+    Example:
+        >>> size(42440).replace("\u00a0", " ")
+        '42.4 kB'
+    """
     return _scaled(size_bytes, ("B", "kB", "MB", "GB"))
 
 
 def duration(value: object, unit_us: float = 1.0) -> str:
-    """Return a duration in units of `unit_us` microseconds with three digits and its unit."""
+    """Return a duration in units of `unit_us` microseconds with three digits and its unit.
+
+    Example:
+        >>> duration(1250).replace("\u00a0", " "), duration(1.5, unit_us=1e6).replace("\u00a0", " ")
+        ('1.25 ms', '1.5 s')
+    """
     number = finite(value)
     return UNMEASURED if number is None else _scaled(number * unit_us, ("µs", "ms", "s"))
 
 
 def epsilon(value: object) -> str:
-    """Return ε rounded up to two decimals: a guarantee is never made to look stronger."""
+    """Return ε rounded up to two decimals: a guarantee is never made to look stronger.
+
+    Example:
+        >>> epsilon(1.231), epsilon(float("inf")), epsilon(None)
+        ('1.24', '∞', 'not measured')
+    """
     if value == math.inf:
         return "∞"
     bound = finite(value)
@@ -93,7 +133,12 @@ def plain(value: object, digits: int = 6) -> str:
 
 
 def moment(value: object) -> str:
-    """Return an ISO 8601 time in words, or what there is of it."""
+    """Return an ISO 8601 time in words, or what there is of it.
+
+    Example:
+        >>> moment("2026-03-01T09:05:00+00:00")
+        '1 March 2026, 09:05 UTC'
+    """
     try:
         when = datetime.fromisoformat(str(value))
     except ValueError:

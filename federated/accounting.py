@@ -110,6 +110,10 @@ def epsilon_rdp(history: Mapping[Event, int], delta: float, *, orders: Sequence[
         history: how often each event happened.
         delta: the δ of (ε, δ)-DP.
         orders: Rényi orders to minimise over; dp-accounting's own when None.
+
+    >>> one = {Event(sample_rate=1.0, noise_multiplier=1.0): 1}
+    >>> round(epsilon_rdp(one, 1e-5), 2)  # exact: 4.377178; RDP is never below
+    4.73
     """
     from absl import logging as absl_logging
     from dp_accounting import NeighboringRelation
@@ -156,6 +160,10 @@ def reported_epsilon(history: Mapping[Event, int], delta: float, *, discretisati
         history: how often each event happened.
         delta: the δ of (ε, δ)-DP.
         discretisation: grid of the PLD.
+
+    >>> one = {Event(sample_rate=1.0, noise_multiplier=1.0): 1}
+    >>> round(reported_epsilon(one, 1e-5, discretisation=1e-3), 2)
+    4.38
     """
     # Integer orders take milliseconds and give an upper bound; where that is small, the full set is not needed.
     if epsilon_rdp(history, delta, orders=_INTEGER_ORDERS) > _LARGEST_PLD_EPSILON:
@@ -170,6 +178,12 @@ def cross_check(*, pld: float, rdp: float, prv: float | None) -> None:
 
     Raises:
         ArithmeticError: RDP below PLD, or PRV away from PLD by more than its error budget; nothing may be released.
+
+    >>> cross_check(pld=1.0, rdp=1.2, prv=1.001)
+    >>> cross_check(pld=1.0, rdp=0.9, prv=None)
+    Traceback (most recent call last):
+        ...
+    ArithmeticError: expected RDP >= PLD - 0.001, got RDP 0.900000 and PLD 1.000000; do not release
     """
     if not rdp >= pld - 1e-3:
         raise ArithmeticError(f"expected RDP >= PLD - 0.001, got RDP {rdp:.6f} and PLD {pld:.6f}; do not release")
@@ -187,7 +201,17 @@ def spend(history: Mapping[Event, int], delta: float, *, with_prv: bool = True) 
 
     Raises:
         ArithmeticError: RDP below PLD, or PRV away from PLD by more than its error budget; nothing may be released.
+
+    >>> cost = spend({Event(sample_rate=1.0, noise_multiplier=2.0): 1}, 1e-5, with_prv=False)
+    >>> round(cost.epsilon, 2), round(cost.epsilon_rdp, 2), cost.epsilon_prv  # exact: 1.993091
+    (1.99, 2.17, None)
     """
+    return _spend(frozenset(history.items()), delta, with_prv)
+
+
+@lru_cache(maxsize=64)
+def _spend(events: frozenset[tuple[Event, int]], delta: float, with_prv: bool) -> Spend:
+    history = dict(events)
     if not history:
         return Spend(epsilon=0.0, delta=delta, accountant=_pld_name(), epsilon_rdp=0.0, epsilon_prv=0.0)
     rdp = epsilon_rdp(history, delta)

@@ -9,10 +9,15 @@ from pathlib import Path
 from tacit.federated.accounting import Event, Spend, merge, spend
 from tacit.federated.chain import GENESIS, ChainDamaged, Entry, parse_chain
 
-__all__ = ["ADVERSARY", "Account", "cost", "find_ledgers", "read_ledger", "spend_of", "tally"]
+__all__ = ["ADVERSARY", "Account", "cost", "find_ledgers", "has_head", "read_ledger", "spend_of", "tally"]
 
-# Of the units record and none; who is not in this sentence is not promised anything.
-ADVERSARY = "honest-but-curious server and everyone who receives models; app code trusted"
+_SERVER_TOO = "honest-but-curious server and everyone who receives models; app code trusted"
+# By unit; who is not in the sentence is not promised anything.
+ADVERSARY = {
+    "record": _SERVER_TOO,
+    "local": _SERVER_TOO,
+    "client": "everyone who receives models and reports, not the server or the network",
+}
 
 
 @dataclass
@@ -26,12 +31,20 @@ class Account:
     released: int = 0
     failed: int = 0
     reopened: int = 0
+    unit: str = "record"
+    relation: str = "add/remove"
 
 
 def find_ledgers(path: Path) -> list[Path]:
     """The ledgers of a run directory, or the one that `path` is.
 
     A run in one process has one for all owners; under Flower each owner has its own.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     Path(run, "ledger.jsonl").touch()
+    ...     [path.name for path in find_ledgers(Path(run))]
+    ['ledger.jsonl']
     """
     if path.is_file():
         return [path]
@@ -39,7 +52,12 @@ def find_ledgers(path: Path) -> list[Path]:
 
 
 def spend_of(accounts: Sequence[Account], delta: float, *, with_prv: bool = True) -> list[Spend]:
-    """What each account comes to, as `accounting.spend` has it; equal histories share one evaluation."""
+    """What each account comes to, as `accounting.spend` has it; equal histories share one evaluation.
+
+    >>> account = Account("anna", "digits", {Event(sample_rate=1.0, noise_multiplier=2.0): 1})
+    >>> [round(cost.epsilon, 2) for cost in spend_of([account], 1e-5, with_prv=False)]
+    [1.99]
+    """
     known: dict[frozenset[tuple[Event, int]], Spend] = {}
     for account in accounts:
         history = frozenset(account.history.items())
@@ -57,6 +75,16 @@ def read_ledger(path: Path) -> tuple[list[Account], str, str | None]:
     Raises:
         ChainDamaged: the chain does not hold.
         FileNotFoundError: there is no such file.
+
+    >>> import tempfile
+    >>> from tacit.federated.chain import Chain
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     chain = Chain(Path(run, "ledger.jsonl"))
+    ...     _ = chain.append([{"kind": "fail", "owner": "anna", "source": "digits"}])
+    ...     chain.close()
+    ...     accounts, head, note = read_ledger(Path(run, "ledger.jsonl"))
+    >>> [(account.owner, account.failed) for account in accounts], head == chain.head, note
+    ([('anna', 1)], True, None)
     """
     data = path.read_bytes()
     entries, good_bytes = parse_chain(data, path)
@@ -68,15 +96,30 @@ def read_ledger(path: Path) -> tuple[list[Account], str, str | None]:
     return [accounts[name] for name in sorted(accounts)], str(entries[-1]["hash"]) if entries else GENESIS, note
 
 
+def has_head(path: Path, head: str) -> bool:
+    """Whether a ledger's chain ever had this head; false for a file older than whoever remembers the head."""
+    entries, _ = parse_chain(path.read_bytes(), path)
+    return head == GENESIS or any(entry["hash"] == head for entry in entries)
+
+
 def tally(account: Account, entry: Entry) -> None:
     """Adds an entry to its account.
 
     Raises:
         ChainDamaged: a kind of entry that there is not.
+
+    >>> account = Account("anna", "digits")
+    >>> tally(account, {"kind": "reserve", "mechanism": {"sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 2}})
+    >>> account.reserved, account.history
+    (1, {Event(sample_rate=0.1, noise_multiplier=1.0): 2})
     """
     kind = entry.get("kind")
     if kind == "reserve":
         account.reserved += 1
+        mechanism = entry.get("mechanism")
+        if isinstance(mechanism, Mapping):
+            account.unit = str(mechanism.get("unit", account.unit))
+            account.relation = str(mechanism.get("relation", account.relation))
         account.history = merge([*account.history.items(), cost(entry)])
     elif kind == "release":
         account.released += 1
@@ -93,6 +136,9 @@ def cost(entry: Entry) -> tuple[Event, int]:
 
     Raises:
         ChainDamaged: an entry without a mechanism.
+
+    >>> cost({"mechanism": {"sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 2}})
+    (Event(sample_rate=0.1, noise_multiplier=1.0), 2)
     """
     mechanism = entry.get("mechanism")
     if not isinstance(mechanism, Mapping):

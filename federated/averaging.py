@@ -63,6 +63,11 @@ def momentum_step(
 
     Returns:
         New weights and new velocity.
+
+    >>> weights, averaged = {"w": np.float32([1.0])}, {"w": np.float32([0.5])}
+    >>> moved, velocity = momentum_step(weights, averaged, None, learning_rate=0.5, momentum=0.9)
+    >>> moved["w"].tolist(), velocity["w"].tolist()
+    ([0.75], [0.5])
     """
     gradient = {name: weights[name] - averaged[name] for name in weights}
     fresh = gradient if velocity is None else {n: momentum * velocity[n] + gradient[n] for n in weights}
@@ -111,6 +116,14 @@ class FederatedAveraging(Strategy):
         )
         return to_record(weights), MetricRecord({"clients": len(contents)})
 
+    def state(self) -> Arrays:
+        """What a checkpoint keeps."""
+        return dict(self.velocity or {})
+
+    def restore(self, state: Arrays) -> None:
+        """Takes up what `state` kept."""
+        self.velocity = dict(state) or None
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -126,12 +139,20 @@ class FederatedAveraging(Strategy):
 
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """Arrays as Flower sends them."""
+    """Arrays as Flower sends them.
+
+    >>> to_record({"w": np.float32([1.0, 2.0])})["w"].numpy().tolist()
+    [1.0, 2.0]
+    """
     return ArrayRecord({name: Array(array) for name, array in arrays.items()})
 
 
 def from_record(record: ArrayRecord) -> Arrays:
-    """Arrays as NumPy reads them (never a pickle: Flower's wire format is .npy)."""
+    """Arrays as NumPy reads them (never a pickle: Flower's wire format is .npy).
+
+    >>> from_record(to_record({"w": np.float32([1.0, 2.0])}))["w"].tolist()
+    [1.0, 2.0]
+    """
     return {name: array.numpy() for name, array in record.items()}
 
 

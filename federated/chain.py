@@ -38,6 +38,13 @@ class Chain:
     Attributes:
         entries: all entries, oldest first.
         repaired: what was dropped on opening, or None.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     chain = Chain(Path(folder, "chain.jsonl"))
+    ...     [entry["seq"] for entry in chain.append([{"kind": "first"}, {"kind": "second"}])]
+    ...     chain.close()
+    [0, 1]
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,6 +128,9 @@ def parse_chain(data: bytes, path: Path) -> tuple[list[Entry], int]:
 
     Raises:
         ChainDamaged: names the line.
+
+    >>> parse_chain(b'{"seq": 0, "at": "2026-', Path("ledger.jsonl"))  # a crash cut the only line short
+    ([], 0)
     """
     entries: list[Entry] = []
     head, good_bytes = GENESIS, 0

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from tacit.devices.durable import write_durably
+from tacit.devices.durable import FileDamaged, write_durably
 from tacit.federated.train import Arrays
 
 __all__ = ["Checkpoint", "load_checkpoint", "read_weights", "save_checkpoint", "write_weights"]
@@ -47,7 +47,14 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint durably and removes all but the newest two."""
+    """Writes a checkpoint durably and removes all but the newest two.
+
+    >>> import tempfile
+    >>> third = Checkpoint(round=3, arrays={"w": np.float32([1.0])}, strategy={}, recipe="", ledger_head="", history=[])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(Path(folder), third).name[:7]
+    '000003-'
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{n}": _contiguous(a) for n, a in checkpoint.arrays.items()}
     tensors |= {f"strategy.{n}": _contiguous(a) for n, a in checkpoint.strategy.items()}
@@ -79,7 +86,15 @@ def _superseded(folder: Path, newest: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a note for each damaged one that was passed over."""
+    """The newest checkpoint that is whole, and a note for each damaged one that was passed over.
+
+    >>> import tempfile
+    >>> third = Checkpoint(round=3, arrays={"w": np.float32([1.0])}, strategy={}, recipe="", ledger_head="", history=[])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_checkpoint(Path(folder), third)
+    ...     load_checkpoint(Path(folder)) == (third, [])
+    True
+    """
     notes = []
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         data = path.read_bytes()
@@ -101,7 +116,14 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def write_weights(path: Path, arrays: Arrays) -> None:
-    """Writes a model's arrays as safetensors, durably."""
+    """Writes a model's arrays as safetensors, durably.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_weights(Path(folder, "weights.safetensors"), {"w": np.float32([1.0])})
+    ...     [path.name for path in Path(folder).iterdir()]
+    ['weights.safetensors']
+    """
     write_durably(
         path, save({n: _contiguous(a) for n, a in arrays.items()}, metadata={"order": json.dumps(list(arrays))})
     )
@@ -111,14 +133,20 @@ def read_weights(path: Path) -> Arrays:
     """Reads what `write_weights` wrote.
 
     Raises:
-        ValueError: not such a file, or weights that are not finite.
+        FileDamaged: not such a file, or weights that are not finite.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_weights(Path(folder, "weights.safetensors"), {"w": np.float32([1.0])})
+    ...     read_weights(Path(folder, "weights.safetensors"))
+    {'w': array([1.], dtype=float32)}
     """
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in json.loads(file.metadata()["order"])}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected weights written by tacit, got {path}: {error}; train again") from None
+        raise FileDamaged(f"expected weights written by tacit, got {path}: {error}; restore the file") from None
     broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if broken:
-        raise ValueError(f"expected finite weights, got {path} with NaN or infinity in {broken[0]}; train again")
+        raise FileDamaged(f"expected finite weights, got {path} with NaN or infinity in {broken[0]}; restore it")
     return arrays

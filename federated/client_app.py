@@ -85,6 +85,8 @@ def make_client_app(find_owner: Callable[[Context], Owner]) -> ClientApp:
         except Exception as error:  # noqa: BLE001  # whose records is not known, so they are treated as private
             _LOG.error("no owner for this node: %s", type(error).__name__)
             return Message(Error(REFUSAL, "refused"), reply_to=message)
+        if owner.mechanism.unit == "client":
+            return _train_for_cohort(message, owner)
         if owner.gate is not None:
             return _train_privately(message, owner, owner.gate)
         if owner.mechanism.private:  # without a ledger nothing would be charged
@@ -111,6 +113,25 @@ def _train(message: Message, owner: Owner) -> Message:
     arrays = from_record(message.content.array_records["arrays"])
     randomness = owner.randomness(_round(message.content.config_records["config"]))
     return _reply(message, owner, owner.trainer.update(arrays, owner.records(), randomness))
+
+
+def _train_for_cohort(message: Message, owner: Owner) -> Message:
+    """A member of a cohort: clipped here, noised and charged at the server, which is trusted at client level."""
+    try:
+        config = message.content.config_records["config"]
+        arrays = from_record(message.content.array_records["arrays"])
+        clip_norm = config["clip_norm"]
+        if not isinstance(clip_norm, float):
+            raise TypeError(f"expected clip_norm as a float, got {clip_norm!r}")
+        after, unclipped = owner.trainer.client_update(
+            arrays, owner.records(), owner.randomness(_round(config)), clip_norm=clip_norm
+        )
+    except Exception:  # noqa: BLE001  # a client's trouble is its own: it contributes zero
+        _note(owner.log)
+        return Message(Error(REFUSAL, "unavailable"), reply_to=message)
+    metrics = MetricRecord({"num-examples": 1, "owner": owner.index, "unclipped": int(unclipped)})
+    ordered = {name: after[name] for name in _order(message)}
+    return Message(RecordDict({"arrays": to_record(ordered), "metrics": metrics}), reply_to=message)
 
 
 def _train_privately(message: Message, owner: Owner, gate: Gate) -> Message:
@@ -269,7 +290,13 @@ class CohortGate:
         reach("cohort.after_commit")
 
 
-def describe_channels(private: bool) -> Mapping[str, str]:
+def describe_channels(unit: str) -> Mapping[str, str]:
     """Everything that leaves an owner, and how it is protected."""
-    update = "noised within the ledger" if private else "as computed"
-    return {"model arrays": update, "num-examples": "the constant 1", "owner index": "public", "errors": "3 constants"}
+    fixed = {"num-examples": "the constant 1", "owner index": "public", "errors": "3 constants"}
+    if unit == "client":
+        return {
+            "model arrays": "clipped; noised by the server within its ledger",
+            "unclipped bit": "to the server only; enters the noised sum where the clip is learned",
+            **fixed,
+        }
+    return {"model arrays": "as computed" if unit == "none" else "noised within the ledger", **fixed}

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from tacit.devices.interface import Interface
+from tacit.federated import writers
 from tacit.federated.models_image import cnn
 from tacit.federated.noise import public_generator
 from tacit.federated.task import Data, Records, Task
@@ -28,7 +29,7 @@ def find_task(name: str) -> Task:
     >>> find_task("digits").interface.shape
     (1, 8, 8)
     """
-    tasks = {"digits": _digits}
+    tasks = {"digits": _digits, "writers": _writers}
     if name not in tasks:
         near = get_close_matches(name, tasks, n=1)
         raise ValueError(
@@ -64,3 +65,23 @@ def _digits() -> Task:
         return cnn(shape=(1, 8, 8), classes=10, **parameters)  # type: ignore[arg-type]  # checked by the recipe
 
     return Task(name="digits", title="Handwritten digits", interface=interface, load=load, build=build)
+
+
+def _writers() -> Task:
+    """Characters by any number of writers, drawn from strokes: public by construction, and data that come by owner."""
+
+    def load() -> Data:
+        return Data(
+            private=None,
+            public=writers.public_inputs(),
+            test=writers.test_records(),
+            status="public-benchmark",
+            of_owner=writers.writer_records,
+        )
+
+    def build(parameters: Mapping[str, object]) -> nn.Module:
+        return cnn(shape=(1, 16, 16), classes=len(writers.CLASSES), **parameters)  # type: ignore[arg-type]  # as above
+
+    return Task(
+        name="writers", title="Characters by many writers", interface=writers.INTERFACE, load=load, build=build
+    )

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tacit.federated.accounting import Event, Spend, calibrate_noise, reported_epsilon, spend
+from tacit.federated.clipping import CLIP_SLACK, Arrays, clip_update
 from tacit.federated.noise import Randomness
+from tacit.federated.secure_noise import secure_noisy_sum
 
 __all__ = ["Mechanism", "PrivacyRefused", "clipped_sum", "refuse_mixing_layers"]
 
-Unit = Literal["record", "none"]
+Unit = Literal["record", "client", "local", "none"]
 
-# Float rounding may lift a clipped norm by parts in 1e7; clipping a little lower keeps it below the bound.
-_CLIP_SLACK = 1.0 - 1e-6
 # Beyond this the clip factor is a denormal float32, too coarse for the slack above; such a record counts as non-finite.
 _LARGEST_NORM = 1e30
 
@@ -30,22 +30,37 @@ class PrivacyRefused(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Mechanism:
-    """DP-SGD with Poisson batches at one owner: `sum of clipped gradients + N(0, (zC)²)` over a public constant.
+    """What is sampled, clipped and noised, and what that costs, for each unit of privacy.
 
-    Abadi et al. 2016, algorithm 1, with Poisson sampling and a normaliser that no record can change.
+    - record: DP-SGD at one owner (Abadi et al. 2016, algorithm 1): a Poisson batch's clipped gradients, summed, plus
+      N(0, (zC)²), over q·n_ref.
+    - client: DP-FedAvg at the server (McMahan et al. 2018): a Poisson cohort's clipped updates, summed, plus
+      N(0, (zC)²), over q·N_ref.
+    - local: each owner noises its own update with N(0, (z·2C)²): replacing everything that it holds moves it by 2C.
 
     *Guarantees*: every field is a constant of the recipe, the same for every owner and fixed before a record is read,
     so two neighbouring data sets are treated by the same mechanism.
 
     Attributes:
-        unit: "record", or "none" for training without a guarantee.
-        sample_rate: q, the probability with which each record joins a batch.
-        max_grad_norm: C, the L2 bound of one record's gradient over all parameters; infinite for no clipping.
-        noise_multiplier: z, the noise's standard deviation over C.
+        unit: whose contribution is hidden: a record's, a client's, a client's from the server too, or nobody's.
+        sample_rate: q, the probability with which each record joins a batch, or each client a cohort; 1 for local.
+        max_grad_norm: C, the L2 bound of one record's gradient, or of one client's update, over all parameters
+            together; infinite for no clipping.
+        noise_multiplier: z, the noise's standard deviation over the sensitivity.
         steps_per_round: local steps of one participation.
         rounds: planned participations, a cap that the ledger enforces.
-        reference_size: n_ref; gradients are divided by q·n_ref, never by an owner's size.
+        reference_size: n_ref records or N_ref clients; sums are divided by q times it, never by a real count.
         delta: the δ at which ε is stated.
+        twin: the same without noise and without a guarantee, to show what privacy costs.
+        hardened: sums and noise on an integer grid, from ChaCha20 (`secure_noise`), against floating-point attacks.
+
+    >>> plan = {"steps_per_round": 1, "rounds": 10, "reference_size": 64, "delta": 1e-5}
+    >>> mechanism = Mechanism(unit="record", sample_rate=0.5, max_grad_norm=1.0, noise_multiplier=2.0, **plan)
+    >>> mechanism.normaliser, mechanism.event
+    (32.0, Event(sample_rate=0.5, noise_multiplier=2.0))
+    >>> from tacit.federated.noise import SeededGenerator
+    >>> mechanism.draw_batch(8, SeededGenerator(1)).tolist()  # a real run draws from a SecretGenerator
+    [0, 1, 4, 5, 6, 7]
     """
 
     unit: Unit
@@ -56,6 +71,8 @@ class Mechanism:
     rounds: int
     reference_size: int
     delta: float
+    twin: bool = False
+    hardened: bool = False
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -74,16 +91,35 @@ class Mechanism:
                 f"got max_grad_norm={self.max_grad_norm}, noise_multiplier={self.noise_multiplier}"
             )
         if not self.private and self.noise_multiplier != 0.0:
-            raise ValueError(f"expected noise_multiplier=0 for unit 'none', got {self.noise_multiplier}")
+            raise ValueError(f"expected noise_multiplier=0 without a guarantee, got {self.noise_multiplier}")
+        if self.hardened and not self.private and not self.twin:
+            raise ValueError("expected a guarantee to harden, got unit='none'")
+        if self.unit == "local" and self.sample_rate != 1.0:
+            raise ValueError(f"expected sample_rate=1 for unit 'local', got {self.sample_rate}")
 
     @property
     def private(self) -> bool:
         """Whether a guarantee is claimed."""
-        return self.unit != "none"
+        return self.unit != "none" and not self.twin
+
+    @property
+    def per_record(self) -> bool:
+        """Whether each record's gradient is clipped by itself."""
+        return self.unit == "record" or (self.unit == "none" and math.isfinite(self.max_grad_norm))
+
+    @property
+    def relation(self) -> str:
+        """What neighbouring data sets differ in."""
+        return "replace-one" if self.unit == "local" else "add/remove"
+
+    @property
+    def events_per_round(self) -> int:
+        """Accesses of one participation: each local step at record level, one release otherwise."""
+        return self.steps_per_round if self.unit == "record" else 1
 
     @property
     def event(self) -> Event:
-        """What one step costs."""
+        """What one access costs. The noise is in units of the sensitivity, so 2C of unit local is already in it."""
         return Event(sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier)
 
     @property
@@ -93,23 +129,23 @@ class Mechanism:
 
     def planned_epsilon(self) -> float:
         """ε of all planned participations: PLD, or RDP where that exceeds 50."""
-        return reported_epsilon({self.event: self.rounds * self.steps_per_round}, self.delta)
+        return reported_epsilon({self.event: self.rounds * self.events_per_round}, self.delta)
 
     def spend(self, participations: int) -> Spend:
         """The cost of so many participations, by three accountants."""
-        return spend({self.event: participations * self.steps_per_round}, self.delta)
+        return spend({self.event: participations * self.events_per_round}, self.delta)
 
     def describe(self) -> dict[str, str | float | int]:
         """The mechanism as a ledger entry states it."""
         return {
             "unit": self.unit,
-            "relation": "add/remove",
-            "sampler": "poisson",
-            "noise": "gaussian",
+            "relation": self.relation,
+            "sampler": "none" if self.unit == "local" else "poisson",
+            "noise": "gaussian on a grid" if self.hardened else "gaussian",
             "sample_rate": self.sample_rate,
             "noise_multiplier": self.noise_multiplier,
             "max_grad_norm": self.max_grad_norm,
-            "steps": self.steps_per_round,
+            "steps": self.events_per_round,
         }
 
     def draw_batch(self, size: int, randomness: Randomness) -> npt.NDArray[np.int64]:
@@ -130,6 +166,8 @@ class Mechanism:
         Returns:
             One tensor per parameter, float32.
         """
+        if self.hardened and self.private:
+            return self._hardened_mean(chunks, shapes, randomness)
         total = [torch.zeros(shape) for shape in shapes]
         for chunk in chunks:
             total = [a + b for a, b in zip(total, clipped_sum(chunk, self.max_grad_norm), strict=True)]
@@ -137,14 +175,80 @@ class Mechanism:
             total = _add_noise(total, self.noise_multiplier * self.max_grad_norm, randomness)
         return [gradient / self.normaliser for gradient in total]
 
-    @classmethod
-    def for_budget(cls, *, epsilon: float, delta: float, sample_rate: float, rounds: int, **rest: object) -> Mechanism:
-        """A record-level mechanism whose noise is calibrated once, from above, to (ε, δ) over all planned steps."""
-        steps = rest.get("steps_per_round")
-        if not isinstance(steps, int):
-            raise TypeError(f"expected steps_per_round as an integer, got {steps!r}")
-        noise = calibrate_noise(epsilon=epsilon, delta=delta, sample_rate=sample_rate, steps=rounds * steps)
-        return cls(unit="record", delta=delta, sample_rate=sample_rate, rounds=rounds, noise_multiplier=noise, **rest)  # type: ignore[arg-type]  # the remaining fields are checked by the dataclass
+    def _hardened_mean(
+        self, chunks: Iterable[Sequence[torch.Tensor]], shapes: Sequence[torch.Size], randomness: Randomness
+    ) -> list[torch.Tensor]:
+        flat = (torch.cat([g.reshape(g.shape[0], -1) for g in chunk], dim=1) for chunk in chunks)
+        total = torch.from_numpy(self._hardened_sum(flat, sum(shape.numel() for shape in shapes), randomness))
+        pieces = torch.split(total / self.normaliser, [shape.numel() for shape in shapes])
+        return [piece.reshape(shape).float() for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def _hardened_sum(
+        self,
+        chunks: Iterable[torch.Tensor | npt.NDArray[np.float64]],
+        size: int,
+        randomness: Randomness,
+        *,
+        bound: float | None = None,
+        multiplier: float | None = None,
+    ) -> npt.NDArray[np.float64]:
+        return secure_noisy_sum(
+            chunks,
+            size=size,
+            clip_norm=self.max_grad_norm if bound is None else bound,
+            noise_multiplier=self.noise_multiplier if multiplier is None else multiplier,
+            generator=randomness,
+        )
+
+    def release_locally(self, update: Arrays, randomness: Randomness) -> dict[str, npt.NDArray[np.float64]]:
+        """What an owner sends under unit local: its update clipped to C, plus N(0, (z·2C)²)."""
+        if self.hardened and self.private:
+            row, doubled = _row(update), 2.0 * self.noise_multiplier
+            return _unrow(self._hardened_sum([row[None]], row.size, randomness, multiplier=doubled), update)
+        clipped = clip_update(update, self.max_grad_norm)
+        return _add_noise_to_arrays(clipped, 2.0 * self.noise_multiplier * self.max_grad_norm, randomness)
+
+    def draw_cohort(self, clients: Sequence[int], randomness: Randomness) -> list[int]:
+        """A Poisson cohort: each client independently with probability q; it may be empty."""
+        coins = randomness.bernoulli(len(clients), self.sample_rate)
+        return [client for client, coin in zip(clients, coins, strict=True) if coin]
+
+    def noisy_average(
+        self,
+        updates: Iterable[Arrays],
+        like: Arrays,
+        randomness: Randomness,
+        *,
+        clip_norm: float | None = None,
+        noise_multiplier: float | None = None,
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """What a server releases under unit client: clipped updates summed, plus N(0, (zC)²), over q·N_ref.
+
+        Args:
+            updates: of the clients that answered; a client that did not contributes zero, which changes nothing.
+            like: arrays of the names and shapes to return.
+            randomness: secret for a guarantee.
+            clip_norm: this round's C, when it is learned.
+            noise_multiplier: z_Δ, when part of z pays for learning C.
+        """
+        bound = self.max_grad_norm if clip_norm is None else clip_norm
+        multiplier = self.noise_multiplier if noise_multiplier is None else noise_multiplier
+        if self.hardened and self.private:
+            rows = (_row(update)[None] for update in updates)
+            row = self._hardened_sum(rows, _row(like).size, randomness, bound=bound, multiplier=multiplier)
+            return {n: np.asarray(a / self.normaliser, dtype=np.float32) for n, a in _unrow(row, like).items()}
+        total = {name: np.zeros(array.shape) for name, array in like.items()}
+        for update in updates:
+            for name, array in clip_update(update, bound).items():
+                total[name] += array
+        noised = _add_noise_to_arrays(total, multiplier * bound, randomness)
+        return {name: np.asarray(array / self.normaliser, dtype=np.float32) for name, array in noised.items()}
+
+    def calibrated(self, epsilon: float) -> Mechanism:
+        """The same with the least noise, from above, whose ε over all planned participations is at most `epsilon`."""
+        steps = self.rounds * self.events_per_round
+        noise = calibrate_noise(epsilon=epsilon, delta=self.delta, sample_rate=self.sample_rate, steps=steps)
+        return replace(self, noise_multiplier=noise, twin=False)
 
 
 def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list[torch.Tensor]:
@@ -167,7 +271,7 @@ def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list
     norms = torch.sqrt(torch.as_tensor(squares))  # (records,)
     usable = norms < _LARGEST_NORM  # false for NaN as well
     if math.isfinite(max_grad_norm):
-        factors = torch.where(usable, (max_grad_norm * _CLIP_SLACK / norms).clamp(max=1.0), 0.0).to(torch.float32)
+        factors = torch.where(usable, (max_grad_norm * CLIP_SLACK / norms).clamp(max=1.0), 0.0).to(torch.float32)
     else:
         factors = usable.to(torch.float32)
     if not bool(usable.all()):
@@ -183,6 +287,12 @@ def refuse_mixing_layers(model: torch.nn.Module) -> None:
 
     Raises:
         PrivacyRefused: names the layers and what to use instead.
+
+    >>> refuse_mixing_layers(torch.nn.Linear(2, 2))
+    >>> refuse_mixing_layers(torch.nn.Sequential(torch.nn.Dropout()))
+    Traceback (most recent call last):
+        ...
+    tacit.federated.mechanism.PrivacyRefused: expected no dropout, got layer(s) 0; its randomness is not secret
     """
     mixing = [
         name or "model"
@@ -195,7 +305,11 @@ def refuse_mixing_layers(model: torch.nn.Module) -> None:
             f"{', '.join(mixing)}; "
             'use GroupNorm (in a recipe: [model] norm = "group")'
         )
-    seeded = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0.0]
+    seeded = [
+        n or "model"
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0.0
+    ]
     if seeded:
         raise PrivacyRefused(f"expected no dropout, got layer(s) {', '.join(seeded)}; its randomness is not secret")
 
@@ -204,3 +318,24 @@ def _add_noise(total: list[torch.Tensor], standard_deviation: float, randomness:
     noise = torch.from_numpy(randomness.gaussian(sum(t.numel() for t in total), standard_deviation))
     pieces = torch.split(noise, [t.numel() for t in total])
     return [(t.double() + n.reshape(t.shape)).float() for t, n in zip(total, pieces, strict=True)]
+
+
+def _add_noise_to_arrays(
+    arrays: Mapping[str, npt.NDArray[np.float64]], standard_deviation: float, randomness: Randomness
+) -> dict[str, npt.NDArray[np.float64]]:
+    if standard_deviation == 0.0:
+        return dict(arrays)
+    noise = randomness.gaussian(sum(array.size for array in arrays.values()), standard_deviation)
+    pieces = _unrow(noise, arrays)
+    return {name: np.asarray(array + pieces[name]) for name, array in arrays.items()}
+
+
+def _row(arrays: Mapping[str, npt.NDArray[np.floating[Any]]]) -> npt.NDArray[np.float64]:
+    return np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in arrays.values()])
+
+
+def _unrow(
+    row: npt.NDArray[np.float64], like: Mapping[str, npt.NDArray[np.floating[Any]]]
+) -> dict[str, npt.NDArray[np.float64]]:
+    pieces = np.split(row, np.cumsum([array.size for array in like.values()])[:-1])
+    return {name: piece.reshape(like[name].shape) for name, piece in zip(like, pieces, strict=True)}

@@ -25,7 +25,15 @@ class _Header:
 
 
 class Outbox:
-    """Payloads by reservation key, durable before they are sent."""
+    """Payloads by reservation key, durable before they are sent.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     outbox = Outbox(Path(folder))
+    ...     outbox.put(1, {"key": b"update"})
+    ...     outbox.get("key", hashlib.sha256(b"update").hexdigest())
+    b'update'
+    """
 
     def __init__(self, folder: Path) -> None:
         """Opens the outbox, making its folder; what a crash left behind is found again."""

@@ -28,6 +28,9 @@ def iid(labels: npt.NDArray[np.int64], owners: int, *, seed: int) -> Shares:
 
     Raises:
         DataProblem: more owners than records.
+
+    >>> [len(share) for share in iid(np.zeros(10, dtype=np.int64), 3, seed=1)]
+    [4, 3, 3]
     """
     _check(len(labels), owners)
     order = public_generator(seed, "partition").permutation(len(labels))
@@ -48,6 +51,10 @@ def dirichlet(labels: npt.NDArray[np.int64], owners: int, *, alpha: float, seed:
 
     Raises:
         DataProblem: more owners than records, or an owner left without a record.
+
+    >>> shares = dirichlet(np.repeat([0, 1], 50), 2, alpha=10.0, seed=1)
+    >>> len(shares), sorted(np.concatenate(shares)) == list(range(100))
+    (2, True)
     """
     _check(len(labels), owners)
     generator = public_generator(seed, "partition")

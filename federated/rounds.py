@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
-__all__ = ["FederationFailed", "RoundReport", "run_rounds"]
+__all__ = ["FederationFailed", "RoundReport", "Trains", "run_rounds"]
+
+
+class Trains(Protocol):
+    """The part of a Flower `Strategy` that a round needs; any of Flower's fits."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As Flower's."""
+        ...
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As Flower's."""
+        ...
 
 
 class FederationFailed(RuntimeError):
@@ -35,7 +51,7 @@ class RoundReport:
 
 
 def run_rounds(
-    strategy: Strategy,
+    strategy: Trains,
     grid: Grid,
     arrays: ArrayRecord,
     *,
@@ -44,6 +60,7 @@ def run_rounds(
     quorum: int,
     config: Mapping[str, str],
     on_round: Callable[[RoundReport, ArrayRecord], None],
+    skip_lost: bool = False,
     timeout_s: float = 3600.0,
 ) -> ArrayRecord:
     """Runs rounds `first_round` to `rounds` of any Flower strategy.
@@ -57,6 +74,7 @@ def run_rounds(
         quorum: how many owners must answer for a round to count.
         config: sent with each message.
         on_round: called after each round with the new model, before the next begins.
+        skip_lost: when resuming, go on without the first round if its owners can no longer answer it.
         timeout_s: how long to wait for a round's replies.
 
     Returns:
@@ -71,11 +89,15 @@ def run_rounds(
         replies = list(grid.send_and_receive(messages, timeout=timeout_s))
         good = [reply for reply in replies if reply.has_content()]
         refusals = _count_reasons(replies)
+        if len(good) < quorum and skip_lost and server_round == first_round and set(refusals) == {"unavailable"}:
+            # Interrupted so often that its reservations cannot be used again: it stays charged, the model stays.
+            on_round(RoundReport(round=server_round, clients=0, refusals=refusals, wall_s=0.0), arrays)
+            continue
         if len(good) < quorum:
             reasons = ", ".join(f"{count} {reason}" for reason, count in refusals.items()) or "no reply"
             raise FederationFailed(
                 f"expected at least {quorum} owners in round {server_round}, got {len(good)} ({reasons}); "
-                "lower federated.quorum or bring owners back, then resume"
+                "bring owners back, then resume"
             )
         aggregated, _ = strategy.aggregate_train(server_round, good)
         arrays = arrays if aggregated is None else aggregated

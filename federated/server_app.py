@@ -6,16 +6,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from tacit.devices.durable import write_durably
 from tacit.devices.failpoint import reach
-from tacit.federated.averaging import FederatedAveraging, from_record, to_record
+from tacit.federated.averaging import from_record, to_record
 from tacit.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_weights
 from tacit.federated.mechanism import PrivacyRefused
-from tacit.federated.rounds import RoundReport, run_rounds
+from tacit.federated.rounds import RoundReport, Trains, run_rounds
 from tacit.federated.train import Arrays
 
 __all__ = ["LedgerView", "ServerPlan", "make_server_app"]
@@ -36,6 +37,18 @@ class LedgerView:
     settled: Callable[[int], None]
 
 
+class Resumable(Trains, Protocol):
+    """A Flower strategy whose state a checkpoint can keep."""
+
+    def state(self) -> Arrays:
+        """What a checkpoint keeps."""
+        ...
+
+    def restore(self, state: Arrays) -> None:
+        """Takes up what `state` kept."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerPlan:
     """What a server does.
@@ -47,6 +60,8 @@ class ServerPlan:
         run: the run's identity, sent to owners.
         rounds: planned.
         quorum: owners that a round needs.
+        secret_cohorts: whether nobody may learn who took part.
+        resumed: whether this run has begun before.
         strategy: a fresh one.
         ledger: None without a guarantee, or when owners keep their own.
         evaluate: accuracy of arrays on a public test split after a round, or None.
@@ -59,7 +74,9 @@ class ServerPlan:
     run: str
     rounds: int
     quorum: int
-    strategy: FederatedAveraging
+    secret_cohorts: bool
+    resumed: bool
+    strategy: Resumable
     ledger: LedgerView | None
     evaluate: Callable[[int, Arrays], float | None]
     progress: Callable[[Mapping[str, object]], None]
@@ -78,7 +95,7 @@ def make_server_app(find_plan: Callable[[Context], ServerPlan]) -> ServerApp:
 
 def _serve(grid: Grid, plan: ServerPlan) -> None:
     start = _begin(plan)
-    plan.strategy.velocity = dict(start.strategy) or None
+    plan.strategy.restore(start.strategy)
     history = [dict(row) for row in start.history]
 
     def on_round(report: RoundReport, record: ArrayRecord) -> None:
@@ -86,8 +103,9 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
         row: dict[str, object] = {
             "round": report.round,
             "accuracy": plan.evaluate(report.round, arrays),
-            "clients": report.clients,
-            "refusals": report.refusals,
+            # Who took part at client level, and how many, is what its guarantee hides.
+            "clients": None if plan.secret_cohorts else report.clients,
+            "refusals": {} if plan.secret_cohorts else report.refusals,
         }
         history.append(row)
         reach("server.before_checkpoint")
@@ -96,7 +114,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
             Checkpoint(
                 round=report.round,
                 arrays=arrays,
-                strategy=plan.strategy.velocity or {},
+                strategy=plan.strategy.state(),
                 recipe=plan.recipe,
                 ledger_head=plan.ledger.head() if plan.ledger else "",
                 history=history,
@@ -115,6 +133,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
         first_round=start.round + 1,
         quorum=plan.quorum,
         config={"run": plan.run},
+        skip_lost=plan.resumed,
         on_round=on_round,
     )
     lines = "".join(json.dumps(row) + "\n" for row in history)

@@ -38,7 +38,11 @@ class Records:
         return len(self.labels)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Records:
-        """The records at some positions."""
+        """The records at some positions.
+
+        >>> Records(np.float32([[1.0], [2.0], [3.0]]), np.int64([0, 1, 0])).take(np.int64([2])).inputs.tolist()
+        [[3.0]]
+        """
         return Records(self.inputs[indices], self.labels[indices])
 
 
@@ -47,16 +51,18 @@ class Data:
     """A data set, split by who may see it.
 
     Attributes:
-        private: what the owners hold between them.
+        private: what the owners hold between them; None when it comes by owner.
         public: inputs declared public, without labels, (records, *shape); None when there are none.
         test: a public test split, or None.
+        of_owner: reads the records of one owner by its index, for data that come by owner; None otherwise.
         status: "public-benchmark" when ε describes the mechanism rather than protects these records.
     """
 
-    private: Records
+    private: Records | None
     public: npt.NDArray[np.float32] | None
     test: Records | None
     status: Literal["private", "public-benchmark"]
+    of_owner: Callable[[int], Records] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +89,25 @@ class Task:
 
 
 def initial_model(task: Task, parameters: Mapping[str, object], seed: int) -> Model:
-    """An untrained model whose weights depend only on the recipe's public seed."""
+    """An untrained model whose weights depend only on the recipe's public seed.
+
+    >>> from tacit.federated.datasets import find_task
+    >>> first, second = (initial_model(find_task("digits"), {}, seed=1) for _ in range(2))
+    >>> torch.equal(first[0].weight, second[0].weight)
+    True
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(public_seed(seed, "initial weights"))
         return task.build(parameters)
 
 
 def accuracy(model: Model, records: Records, *, chunk: int = 1024) -> float:
-    """Share of records whose most probable class is the label, in [0, 1]."""
+    """Share of records whose most probable class is the label, in [0, 1].
+
+    >>> scores, labels = np.float32([[2.0, 1.0], [2.0, 1.0]]), np.int64([0, 1])
+    >>> accuracy(torch.nn.Identity(), Records(scores, labels))
+    0.5
+    """
     model.eval()
     correct = 0
     with torch.inference_mode():

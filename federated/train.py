@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tacit.federated.clipping import Arrays, clip_update, update_norm
 from tacit.federated.mechanism import Mechanism, refuse_mixing_layers
 from tacit.federated.noise import Randomness
 from tacit.federated.task import Records, Task
@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Arrays", "LocalTrainer", "read_arrays", "write_arrays"]
 
-Arrays = dict[str, npt.NDArray[np.float32]]
-
 
 class LocalTrainer:
     """Takes an owner's local steps; one per process, because hooking a model takes longer than a step."""
 
     def __init__(
-        self, task: Task, model: torch.nn.Module, mechanism: Mechanism, *, learning_rate: float, chunk: int = 256
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        mechanism: Mechanism,
+        *,
+        learning_rate: float,
+        batch_rate: float = 1.0,
+        chunk: int = 256,
     ) -> None:
         """Prepares a model.
 
@@ -36,6 +41,7 @@ class LocalTrainer:
             model: its weights are overwritten at each call.
             mechanism: sampler, clip and noise.
             learning_rate: of plain local SGD.
+            batch_rate: probability with which a record joins a local step's batch where records are not the unit.
             chunk: records whose gradients are held at once; a larger batch is taken in pieces, never cut.
 
         Raises:
@@ -43,10 +49,11 @@ class LocalTrainer:
         """
         self._task, self._model, self._mechanism = task, model, mechanism
         self._learning_rate, self._chunk = learning_rate, chunk
-        self._per_record = mechanism.private or math.isfinite(mechanism.max_grad_norm)
+        self._batch_rate = batch_rate
         self._hooked: GradSampleModule | None = None
-        if self._per_record:
+        if mechanism.private or mechanism.per_record:
             refuse_mixing_layers(model)
+        if mechanism.per_record:
             self._hooked = _hook(model)
 
     def update(self, arrays: Arrays, records: Records, randomness: Randomness) -> Arrays:
@@ -60,17 +67,49 @@ class LocalTrainer:
         Returns:
             Arrays of the same names and shapes.
         """
+        update = self._walk(arrays, records, randomness)
+        if self._mechanism.unit == "local":
+            return _moved(arrays, self._mechanism.release_locally(update, randomness))
+        return write_arrays(self._model)
+
+    def _draw_batch(self, size: int, randomness: Randomness) -> npt.NDArray[np.int64]:
+        if self._mechanism.unit in ("client", "local"):
+            return np.flatnonzero(randomness.bernoulli(size, self._batch_rate))
+        return self._mechanism.draw_batch(size, randomness)
+
+    def client_update(
+        self, arrays: Arrays, records: Records, randomness: Randomness, *, clip_norm: float
+    ) -> tuple[Arrays, bool]:
+        """The model after a client's steps, its whole update clipped; the server adds the noise.
+
+        Args:
+            arrays: the global model, by parameter name.
+            records: the client's.
+            randomness: secret for a guarantee.
+            clip_norm: this round's C.
+
+        Returns:
+            The model, and whether the update's norm was at most C before it was clipped.
+        """
+        update = self._walk(arrays, records, randomness)
+        changed = clip_update(update, clip_norm)
+        return _moved(arrays, changed), update_norm(update) <= clip_norm
+
+    def _walk(self, arrays: Arrays, records: Records, randomness: Randomness) -> Arrays:
+        """Takes the local steps; returns how far the model moved."""
         read_arrays(self._model, arrays)
         self._model.train()
         self._forget()
         parameters = [p for p in self._model.parameters() if p.requires_grad]
+        per_record = self._mechanism.per_record
         for _ in range(self._mechanism.steps_per_round):
-            batch = records.take(self._mechanism.draw_batch(len(records), randomness))
-            steps = self._private_step(batch, parameters, randomness) if self._per_record else self._plain_step(batch)
+            batch = records.take(self._draw_batch(len(records), randomness))
+            steps = self._private_step(batch, parameters, randomness) if per_record else self._plain_step(batch)
             with torch.no_grad():
                 for parameter, step in zip(parameters, steps, strict=True):
                     parameter.sub_(step, alpha=self._learning_rate)
-        return write_arrays(self._model)
+        after = write_arrays(self._model)
+        return {name: after[name] - arrays[name] for name in arrays}
 
     def _forget(self) -> None:
         """Drops what an owner whose step raised left in the hooks: Opacus would count it to the next owner's."""
@@ -114,6 +153,10 @@ class LocalTrainer:
         return list(torch.autograd.grad(loss / len(batch), parameters))
 
 
+def _moved(arrays: Arrays, change: Mapping[str, npt.NDArray[np.float64]]) -> Arrays:
+    return {name: np.asarray(arrays[name] + change[name], dtype=np.float32) for name in arrays}
+
+
 def _per_record(parameter: torch.nn.Parameter, records: int) -> torch.Tensor:
     """What Opacus' hooks left at a parameter, (records, *shape); one that the model does not use has no gradient."""
     gradients: torch.Tensor | None = getattr(parameter, "grad_sample", None)
@@ -125,6 +168,11 @@ def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:
 
     Raises:
         ValueError: names or shapes that are not the model's.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> read_arrays(model, {"weight": np.float32([[2.0]])})
+    >>> model.weight.item()
+    2.0
     """
     state = _travelling(model)
     if list(arrays) != list(state):
@@ -137,7 +185,11 @@ def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:
 
 
 def write_arrays(model: torch.nn.Module) -> Arrays:
-    """A model's float parameters and buffers, copied."""
+    """A model's float parameters and buffers, copied.
+
+    >>> {name: array.shape for name, array in write_arrays(torch.nn.Linear(3, 2)).items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    """
     return {name: tensor.detach().numpy().copy() for name, tensor in _travelling(model).items()}
 
 

@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, bad):
     weights = finite(1)
     weights["z"][1, 2] = bad
     write_weights(tmp_path / "w", weights)
-    with pytest.raises(ValueError, match="NaN or infinity in z; train again"):
+    with pytest.raises(ValueError, match="NaN or infinity in z; restore it"):
         read_weights(tmp_path / "w")
 
 

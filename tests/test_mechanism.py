@@ -214,7 +214,9 @@ def test_layers_that_treat_each_record_alone_are_accepted():
         ({"noise_multiplier": -1.0}, PrivacyRefused),
         ({"noise_multiplier": math.inf}, PrivacyRefused),
         ({"max_grad_norm": math.inf}, PrivacyRefused),
-        ({"unit": "client"}, PrivacyRefused),
+        ({"unit": "owner"}, PrivacyRefused),
+        ({"unit": "local", "sample_rate": 0.5}, ValueError),
+        ({"twin": True}, ValueError),
         ({"max_grad_norm": 0.0}, ValueError),
         ({"max_grad_norm": math.nan}, ValueError),
         ({"sample_rate": 0.0}, ValueError),
@@ -235,9 +237,7 @@ def test_a_mechanism_that_promises_nothing_or_nonsense_is_refused(changed, error
 
 
 def test_a_mechanism_made_for_a_budget_keeps_it_over_all_planned_steps():
-    made = Mechanism.for_budget(
-        epsilon=3.0, delta=1e-5, sample_rate=1.0, rounds=5, max_grad_norm=1.0, steps_per_round=4, reference_size=9
-    )
+    made = make(sample_rate=1.0, rounds=5, steps_per_round=4).calibrated(3.0)
     assert 2.985 < made.planned_epsilon() <= 3.0
     assert made.planned_epsilon() == reported_epsilon({made.event: 20}, 1e-5)
     assert made.spend(5).epsilon == made.planned_epsilon()
@@ -310,3 +310,20 @@ def test_the_clip_tests_fail_for_a_wrong_clip(monkeypatch, mutant, test):
     monkeypatch.setitem(globals(), "clipped_sum", mutant)
     with pytest.raises(AssertionError):
         test()
+
+
+def test_the_hardened_mean_is_the_fast_one_on_a_grid():
+    """With next to no noise both are the clipped sum over the normaliser, empty batches included."""
+    from tacit.federated.secure_noise import SecureGenerator
+
+    generator = torch.Generator().manual_seed(3)
+    chunk = [torch.randn(5, 4, 3, generator=generator), torch.randn(5, generator=generator)]
+    shapes = [torch.Size([4, 3]), torch.Size([])]
+    for chunks in ([chunk], [chunk, chunk], []):
+        fast, hard = (
+            make(noise_multiplier=1e-7, hardened=hardened).noisy_mean(chunks, shapes, SecureGenerator())
+            for hardened in (False, True)
+        )
+        for a, b in zip(fast, hard, strict=True):
+            assert a.shape == b.shape
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -209,16 +209,47 @@ def test_another_recipe_in_the_folder_is_refused_by_its_key(copied, recipe_file)
         assert "federated.seed" in the_error(done, 2)
 
 
-def test_a_changed_privacy_card_makes_the_artifacts_anew(copied, recipe_file):
-    card = json.loads((copied / "privacy.json").read_text())
-    (copied / "privacy.json").write_text(json.dumps({**card, "statement": card["statement"] + " Changed."}))
+@pytest.mark.parametrize("value", [0.1, 8.1])
+def test_a_card_that_says_another_epsilon_than_the_ledger_is_refused(copied, value):
+    path = copied / "privacy.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "epsilon": value}))
+    assert "epsilon" in the_error(tacit("report", copied), 6)
+
+
+def test_a_ledger_that_is_gone_is_refused(copied):
+    (copied / "ledger.jsonl").unlink()
+    assert "restore" in the_error(tacit("report", copied), 6)
+
+
+def test_a_ledger_that_says_less_than_was_trained_is_refused(copied):
+    """Also when the card that said more has been deleted."""
+    (copied / "privacy.json").unlink()
+    path = copied / "ledger.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:6]))
+    assert "participations" in the_error(tacit("report", copied), 6)
+
+
+def test_an_artifact_that_was_changed_is_not_measured_and_is_made_anew_on_resume(copied, recipe_file):
+    path = copied / "variants" / "onnx-float32" / "model.onnx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "onnx-float32" in the_error(tacit("measure", copied), 6)
     pipeline.run(recipe_file, copied, resume=True)
-    digest = hashlib.sha256((copied / "privacy.json").read_bytes()).hexdigest()
-    stamps = {read_stamp_onnx(p)["tacit.privacy_sha256"] for p in copied.glob("variants/*/model.onnx")}
-    assert stamps == {digest}
+    assert path.read_bytes() == whole
 
 
-# Stages alone.
+def test_weights_that_were_changed_are_not_shipped(copied):
+    path = copied / "train" / "weights.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + bytes([data[-2] ^ 1, data[-1]]))
+    assert "weights" in the_error(tacit("compress", copied), 6)
+
+
+@pytest.mark.parametrize("name", ["variants/onnx-float32/variant.json", "measure/local.json"])
+def test_a_file_of_ours_that_is_junk_is_not_a_bug(copied, name):
+    (copied / name).write_text('{"artifacts": 3}')
+    the_error(tacit("report", copied), 6)
 
 
 def test_each_stage_runs_alone_on_a_folder_that_init_made(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tacit.devices import protocol
 from tacit.edge import charts, report, wording
 from tacit.edge.report import write_report
 
@@ -41,6 +42,12 @@ def _latency(
     interval = {"p50_us": [p50_us * 0.985, p50_us * 1.02], "p90_us": [p90_us * 0.97, p90_us * 1.04]}
     timing = {"p50_us": p50_us, "p90_us": p90_us, "n": 4000, "ci": interval, "peak_memory_bytes": memory_bytes}
     return {"local": {**timing, "flags": list(flags), "runtime": runtime}}
+
+
+def _passes(label: str, *, small: bool) -> list[dict[str, Any]]:
+    names = ["prune", "distill"] * small
+    names += {"float32": [], "dynamic-range int8": ["dynamic_int8"]}.get(label, ["static_int8"])
+    return [{"name": name, "parameters": {}, "data_use": "none"} for name in names]
 
 
 def _variants() -> list[dict[str, Any]]:
@@ -70,6 +77,7 @@ def _variants() -> list[dict[str, Any]]:
             "accuracy": accuracy,
             "pruned": 0.5 if "small" in name else 0.0,
             "parameters": 10026,
+            "passes": _passes(label, small="small" in name),
             "parity": dict(zip(("top1_agreement", "max_abs", "cosine"), parity, strict=True)),
             "data_use": "public" if "small" in name else "none",
             "latency": _latency(p50, p90, memory_bytes=memory, runtime=runtime, flags=("noisy",) * (p50 > 30)),
@@ -135,6 +143,48 @@ def _demo() -> dict[str, Any]:
         "wall_s": {"train": 20.1, "compress": 12.0, "measure": 9.0, "report": 1.0},
         "recipe": '[task]\nname = "digits"\n\n[privacy]\nepsilon = 8.0\n',
     }
+
+
+def _client_level() -> dict[str, Any]:
+    """Two thousand clients of one ε, which the server's ledger keeps; ε was computed after some rounds only."""
+    summary = _demo()
+    summary["privacy"] |= {
+        "unit": "client",
+        "adversary": "everyone who receives models and reports, not the server or the network",
+        "server_adversary": "none",
+        "epsilon_by_owner": {},
+    }
+    summary["training"]["owners"] = 2000
+    for entry in summary["training"]["rounds"]:
+        entry["epsilon"] = entry["epsilon"] if entry["round"] in (1, 40, 100) else None
+    return summary
+
+
+def _local_level() -> dict[str, Any]:
+    summary = _demo()
+    summary["privacy"] |= {"unit": "local", "relation": "replace-one", "sample_rate": 1.0}
+    return summary
+
+
+def _one_owner() -> dict[str, Any]:
+    summary = _demo()
+    summary["privacy"]["epsilon_by_owner"] = {"owner-00": 7.98}
+    summary["training"]["owners"] = 1
+    return summary
+
+
+def _two_float32() -> dict[str, Any]:
+    """A pruned file in float32 follows the plain one of its format, and one stands before any plain one."""
+    summary = _demo()
+    onnx, pruned = summary["variants"][0], [{"name": "prune", "parameters": {"ratio": 0.5}, "data_use": "none"}]
+    summary["variants"] = [
+        {**onnx, "name": "early", "bytes": 30_000, "passes": pruned, "pruned": 0.3},
+        {**onnx, "name": "plain", "bytes": 40_000},
+        {**onnx, "name": "again", "bytes": 50_000},
+        {**onnx, "name": "late", "bytes": 10_000, "passes": pruned, "pruned": 0.5},
+        {**onnx, "name": "alone", "format": "tflite", "bytes": 10_000, "passes": pruned, "pruned": 0.5},
+    ]
+    return summary
 
 
 class _Page(HTMLParser):
@@ -274,7 +324,7 @@ def test_table_headers_have_a_scope(demo: _Page) -> None:
 def test_the_table_names_each_variant_with_its_honest_label_and_figures(demo: _Page) -> None:
     for fact in (
         "onnx · static int8 (float I/O)",
-        "21.5 % of its float32",
+        "21.5 % of the unpruned float32",
         "\N{MINUS SIGN}0.9 pt to the float model",
         "50 % pruned",
     ):
@@ -306,8 +356,8 @@ def test_the_privacy_card_shows_every_field(demo: _Page) -> None:
     ):
         assert privacy[key] in demo.text
     for fact in (
-        "8.90 at δ = 1e-5",
-        "7.99 at δ = 1e-5",
+        "8.90 at δ = 1e-5 (an upper bound, looser)",
+        "7.99 at δ = 1e-5 (its error margin of 0.01 is added on top)",
         "noise multiplier 3.11",
         "clipping norm 1",
         "model update (noised)",
@@ -339,7 +389,138 @@ def test_five_thousand_owners_and_rounds_stay_under_a_megabyte(tmp_path: Path) -
     assert len(source.encode()) < 1_000_000
     text = _Page(source).text
     assert "owner-4999: 6.00" in text
-    assert "and 4800 lower ones" in text
+    assert "and 4,800 lower ones" in text
+    assert "5,000 owners; ε at" in text
+
+
+def _row(page: _Page, name: str) -> str:
+    """Return what the table says of a variant."""
+    table = page.text[page.text.index("Data use Latency p50") :]
+    return table[table.index(f"{name} ") :].partition(" pt to the float model")[0]
+
+
+def test_agreement_is_said_to_be_with_the_model_that_the_file_was_made_from(demo: _Page) -> None:
+    label = "Agreement with its own PyTorch model"
+    assert demo.texts["th"].count(label) == 1
+    assert [a["data-label"] for tag, a in demo.elements if tag == "td"].count(label) == 6
+    assert "float model" not in demo.text.replace("pt to the float model", "")
+    assert "One training, 6 forms: some are pruned, distilled or quantised." in demo.text
+
+
+@pytest.mark.parametrize(
+    ("picked", "said"),
+    [
+        ([0], "One training, one form, as it was trained."),
+        ([0, 3], "One training, 2 forms."),
+        ([0, 1], "One training, 2 forms: some are quantised."),
+        ([2], "One training, one form, pruned, distilled and quantised."),
+    ],
+)
+def test_the_forms_are_told_by_what_was_done_to_them(picked: list[int], said: str, tmp_path: Path) -> None:
+    variants = _variants()
+    assert said in _page(_demo() | {"variants": [variants[i] for i in picked]}, tmp_path).text
+
+
+def test_sizes_are_relative_to_the_first_float32_file_of_the_format_without_passes(tmp_path: Path) -> None:
+    page = _page(_two_float32(), tmp_path)
+    for name, share in (("early", "75"), ("plain", "100"), ("again", "125"), ("late", "25")):
+        assert f"{share} % of the unpruned float32" in _row(page, name)
+    assert "no float32 baseline" in _row(page, "alone")
+
+
+@pytest.mark.parametrize(
+    ("twin", "said"),
+    [
+        (0.967, "one run each, 2.7 pt apart, higher without noise"),
+        (0.898, "one run each, 4.2 pt apart, higher with noise"),
+        (0.9401, "one run each, less than 0.1 pt apart"),
+    ],
+)
+def test_the_twin_is_one_run_and_which_of_the_two_is_higher_is_said(twin: float, said: str, tmp_path: Path) -> None:
+    text = _page(_demo() | {"accuracy_without_privacy": twin}, tmp_path).text
+    assert f"Same recipe, clipping kept, no noise; {said} Privacy" in text
+    assert "makes a difference" not in text
+
+
+def test_flags_stand_with_the_latency_and_are_explained_below_the_table(tmp_path: Path) -> None:
+    summary, every = _demo(), ("noisy", "drift", "averaged", "few-samples", "steal")
+    summary["variants"][0]["latency"]["local"]["flags"] = list(every)
+    source = _write(summary, tmp_path)
+    cells = re.findall(r'<td data-label="(.*?)">(.*?)</td>', source, re.DOTALL)
+    assert {label for label, cell in cells if "badge" in cell} == {"Latency p50 (interval)"}
+    legend = re.search(r'</table>\s*</div>\s*<p class="small legend">(.*?)</p>', source, re.DOTALL)
+    assert legend is not None
+    assert re.findall(r'class="badge">(.*?)</span> \w', legend[1]) == list(every)
+
+
+def test_the_report_explains_exactly_the_flags_that_a_measurement_can_carry() -> None:
+    described = protocol.Latency.__doc__ or ""
+    assert set(re.findall(r"``([\w-]+)`` \(", described)) == set(report._FLAGS)
+
+
+def test_flags_that_nothing_carries_are_not_explained(demo: _Page, tmp_path: Path) -> None:
+    assert "noisy the spread (relative standard deviation) is above 10 %." in demo.text
+    assert "clock ticks" not in demo.text
+    summary = _demo()
+    for variant in summary["variants"]:
+        variant["latency"]["local"]["flags"] = []
+    assert "legend" not in str(_page(summary, tmp_path).elements)
+
+
+def test_an_epsilon_by_rdp_is_not_called_looser_than_itself(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["privacy"] |= {"epsilon": 58.0, "epsilon_rdp": 58.0, "epsilon_prv": None}
+    text = _page(summary, tmp_path).text
+    assert "ε by RDP 58.00 at δ = 1e-5 (an upper bound) " in text
+    assert "error margin" not in text
+
+
+def test_a_single_owner_trains_alone(tmp_path: Path) -> None:
+    text = _page(_one_owner(), tmp_path).text
+    assert "One owner, simulated on one machine, trained it by a recipe that shows nobody a record; ε = 7.98" in text
+    assert "the owner improves the model on its own data" in text
+    assert not re.search("together|owners|highest|median 7", text.partition("How it was made")[0], re.IGNORECASE)
+
+
+def test_at_client_level_the_model_hides_what_a_client_holds_and_no_owners_chart_is_drawn(tmp_path: Path) -> None:
+    page = _page(_client_level(), tmp_path)
+    said = "by a recipe that hides what any one of them holds from everybody who receives the model; ε = 7.98 at δ"
+    assert f"2,000 owners, simulated on one machine, trained it together {said}" in page.text
+    assert "shows nobody a record" not in page.text
+    assert "how much any one owner can change" in page.text
+    assert "Privacy, every owner ε = 7.98" in page.text
+    drawn = [a["aria-labelledby"] for tag, a in page.elements if tag == "svg" and a.get("role") == "img"]
+    assert drawn == ["accuracy-title", "budget-title", "front-0-title", "latency-0-title"]
+    assert "ε per owner" not in page.text
+    assert "private 94 %" in " ".join(page.texts["text"]).replace("\u00a0", " ")
+
+
+def test_at_local_level_not_even_the_server_is_shown_what_an_owner_holds(tmp_path: Path) -> None:
+    text = _page(_local_level(), tmp_path).text
+    assert "hides what any one of them holds from everybody, the server included; ε = 7.98" in text
+    assert "do not add up, because each is about what that owner holds." in text
+    assert "how much any one owner can change" in text
+
+
+def test_a_sparse_epsilon_curve_ends_at_the_runs_epsilon(tmp_path: Path) -> None:
+    page = _page(_client_level(), tmp_path)
+    assert "ε 7.98" in page.texts["text"]
+    assert charts._trace(_client_level()["training"]["rounds"], "epsilon")[-1] == (100.0, 7.98)
+
+
+def test_a_run_without_artifacts_still_says_what_failed(tmp_path: Path) -> None:
+    page = _page(_demo() | {"variants": []}, tmp_path)
+    assert "No artifacts were made in this run." in page.text
+    assert "Variants" not in [a.get("aria-label") for _, a in page.elements]
+    assert "the converter refused an operator" in page.text
+
+
+def test_a_long_list_in_the_privacy_card_is_cut(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["privacy"]["ledger_heads"] = [f"{i:064d}" for i in range(2000)]
+    text = _page(summary, tmp_path).text
+    assert f"{23:064d} and 1,976 more, in summary.json" in text
+    assert f"{24:064d}" not in text
 
 
 @pytest.mark.parametrize("payload", CORPUS)
@@ -372,8 +553,8 @@ def test_a_summary_of_a_version_alone_reads_not_measured(tmp_path: Path) -> None
     page = _page({"schema_version": 1}, tmp_path)
     assert "Its accuracy is not measured." in page.text
     assert "No privacy guarantee" in page.text
-    assert "No variant was made." in page.text
-    assert "svg" not in {tag for tag, _ in page.elements}
+    assert "No artifacts were made in this run." in page.text
+    assert not {"svg", "table"} & {tag for tag, _ in page.elements}
     assert "None" not in page.text
 
 
@@ -384,7 +565,7 @@ def test_null_measurements_read_not_measured(tmp_path: Path) -> None:
     summary["privacy"]["epsilon_prv"] = None
     page = _page(summary, tmp_path)
     assert "Its accuracy is not measured." in page.text
-    assert "No twin without noise was trained." in page.text
+    assert page.text.count("No twin was trained in this run") == 2  # on the card and under the chart
     assert "Latency is not measured." in page.text
     assert "not cross-checked" in page.text
     cells = [t for t in page.texts["td"] if "not measured" in t]
@@ -543,4 +724,4 @@ def test_importing_the_report_loads_neither_matplotlib_nor_jinja_and_writing_nev
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(wording) == (0, 2)
+    assert doctest.testmod(wording).failed == 0

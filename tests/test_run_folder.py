@@ -92,6 +92,8 @@ def test_a_recipe_that_says_the_same_in_other_words_is_the_folders_own(tmp_path)
 
 
 def test_another_recipe_is_refused_by_the_keys_that_differ(tmp_path, recipe):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     with opened(tmp_path, recipe):
         before = content(tmp_path)
     other = load_recipe("digits", ["federated.rounds=4", "privacy.epsilon=2.0"])
@@ -101,16 +103,16 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(tmp_path, recipe):
 
 
 def test_many_differences_are_cut_short(tmp_path, recipe):
-    with opened(tmp_path, recipe):
-        pass
+    with opened(tmp_path, recipe) as folder:
+        folder.train.mkdir()
     keys = ["rounds=4", "seed=5", "alpha=1.0", "learning_rate=0.1", "local_steps=2"]
     with pytest.raises(FolderMismatch, match=r"\(differs in ([a-z_.]+, ){3}\.\.\.\)"):
         RunFolder(tmp_path, load_recipe("digits", [f"federated.{key}" for key in keys]))
 
 
 def test_a_refusal_gives_the_lock_back(tmp_path, recipe):
-    with opened(tmp_path, recipe):
-        pass
+    with opened(tmp_path, recipe) as folder:
+        folder.train.mkdir()
     for _ in range(3):
         with pytest.raises(FolderMismatch):
             RunFolder(tmp_path, load_recipe("digits"))
@@ -238,10 +240,34 @@ def test_a_path_below_a_file_is_code_7(tmp_path, recipe):
         assert (done.returncode, len(done.stderr.splitlines())) == (7, 1), done.stderr
 
 
-def test_a_file_in_place_of_the_folder_is_code_7(tmp_path):
+def test_a_folder_in_which_nothing_was_done_takes_another_recipe(tmp_path, recipe):
+    with opened(tmp_path, recipe):
+        pass
+    with opened(tmp_path, load_recipe("digits")) as folder:
+        assert folder.recipe.digest() == load_recipe("digits").digest()
+
+
+def test_a_hand_written_recipe_is_never_replaced(tmp_path):
+    (tmp_path / "recipe.toml").write_text(HAND_WRITTEN)
+    with pytest.raises(FolderMismatch, match="differs"):
+        RunFolder(tmp_path, load_recipe("digits"))
+    assert (tmp_path / "recipe.toml").read_text() == HAND_WRITTEN
+
+
+def test_an_edited_recipe_does_not_pass_for_the_one_that_was_trained(tmp_path, recipe):
+    with opened(tmp_path, recipe) as folder:
+        folder.train.mkdir()
+        folder.bind()
+    held = tmp_path / "recipe.toml"
+    held.write_text(held.read_text().replace("learning_rate = 0.25", "learning_rate = 0.5", 1))
+    with pytest.raises(FolderMismatch, match="edited"):
+        RunFolder(tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_code_2(tmp_path):
     (tmp_path / "file").write_text("x")
     done = subprocess.run([TACIT, "run", "--out", tmp_path / "file"], capture_output=True, text=True)
-    assert (done.returncode, len(done.stderr.splitlines())) == (7, 1), done.stderr
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert (tmp_path / "file").read_text() == "x"
 
 

@@ -71,9 +71,10 @@ def test_an_older_ledger_is_refused(copy: Path, recipe: Recipe) -> None:
         _again(recipe, copy)
 
 
-def test_without_any_checkpoint_nothing_is_computed_again(copy: Path, recipe: Recipe) -> None:
+def test_without_any_checkpoint_the_budget_still_holds(copy: Path, recipe: Recipe) -> None:
+    """The first round cannot be answered again and is left out; any other would be a new charge."""
     shutil.rmtree(copy / "train" / "checkpoint")
-    with pytest.raises(FederationFailed, match="unavailable"):
+    with pytest.raises(FederationFailed, match="exhausted"):
         _again(recipe, copy)
     assert _charged(copy) == [(ROUNDS, ROUNDS)] * OWNERS
 
