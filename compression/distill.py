@@ -22,8 +22,8 @@ def distill(
     public: torch.Tensor,
     *,
     seed: int,
-    epochs: int = 200,
-    learning_rate: float = 0.01,
+    epochs: int = 400,
+    learning_rate: float = 0.02,
     temperature: float = 2.0,
     progress: Progress | None = None,
 ) -> nn.Module:

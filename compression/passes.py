@@ -97,8 +97,8 @@ _KNOWN: Mapping[str, tuple[DataUse, _Parameters]] = MappingProxyType(
         "distill": (
             "public",
             {
-                "epochs": _Parameter(200, 1, 100_000, whole=True, open_ends=False),
-                "learning_rate": _Parameter(0.01, 0.0, 1.0),
+                "epochs": _Parameter(400, 1, 100_000, whole=True, open_ends=False),
+                "learning_rate": _Parameter(0.02, 0.0, 1.0),
                 "temperature": _Parameter(2.0, 0.0, 100.0),
             },
         ),

@@ -156,7 +156,7 @@ def test_a_variant_says_what_it_is(built):
             {"name": "prune", "parameters": {"ratio": 0.5, "round_to": 1}, "data_use": "none"},
             {
                 "name": "distill",
-                "parameters": {"epochs": 200, "learning_rate": 0.01, "temperature": 2.0},
+                "parameters": {"epochs": 400, "learning_rate": 0.02, "temperature": 2.0},
                 "data_use": "public",
             },
             {"name": "static_int8", "parameters": {}, "data_use": "public"},

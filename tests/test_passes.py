@@ -31,7 +31,7 @@ def test_defaults_are_filled_in_and_data_use_is_declared():
     passes = parse_passes([PRUNE, {"name": "distill"}, {"name": "static_int8"}])
     assert [(step.name, dict(step.parameters), step.data_use) for step in passes] == [
         ("prune", {"ratio": 0.5, "round_to": 1}, "none"),
-        ("distill", {"epochs": 200, "learning_rate": 0.01, "temperature": 2.0}, "public"),
+        ("distill", {"epochs": 400, "learning_rate": 0.02, "temperature": 2.0}, "public"),
         ("static_int8", {}, "public"),
     ]
 
