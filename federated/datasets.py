@@ -82,6 +82,4 @@ def _writers() -> Task:
     def build(parameters: Mapping[str, object]) -> nn.Module:
         return cnn(shape=(1, 16, 16), classes=len(writers.CLASSES), **parameters)  # type: ignore[arg-type]  # as above
 
-    return Task(
-        name="writers", title="Characters by many writers", interface=writers.INTERFACE, load=load, build=build
-    )
+    return Task(name="writers", title="Characters by many writers", interface=writers.INTERFACE, load=load, build=build)
