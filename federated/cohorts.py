@@ -187,4 +187,5 @@ class PoissonCohorts(Strategy):
 
 def _unclipped(content: RecordDict) -> bool:
     """The client's own bit, taken before it clipped; anything but 1 is 0, so that nobody counts for more than one."""
-    return content.metric_records["metrics"].get("unclipped") == 1
+    metrics = content.metric_records.get("metrics")
+    return metrics is not None and metrics.get("unclipped") == 1

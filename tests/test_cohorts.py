@@ -225,3 +225,17 @@ def test_hardened_releases_lie_on_the_grid_and_equal_the_fast_ones_in_scale(unit
     expected = 1.5 * CLIP * (2.0 if unit == "local" else 1.0)
     z = (float((release**2).mean()) / expected**2 - 1.0) / math.sqrt(2.0 / release.size)
     assert abs(z) < 6.5
+
+
+def test_a_reply_without_metrics_does_not_end_a_run_that_learns_its_clip() -> None:
+    """A client that says nothing about its norm counts as clipped; nobody else notices."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"arrays": message.content.array_records["arrays"]}), reply_to=message)
+
+    clip = AdaptiveClip.start(clip_norm=1.0, noise_multiplier=1.0, expected_cohort=RATE * CLIENTS)
+    grid = InProcessGrid(app, make_grid()._contexts)
+    _, seen = run(make_strategy(make_mechanism(), clip=clip), grid, to_record(ZERO), last=1)
+    assert len(seen) == 1
