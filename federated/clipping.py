@@ -1,20 +1,23 @@
-"""Clipping a whole update, and learning the norm at which to clip."""
+"""Clipping records' gradients and whole updates, and learning the norm at which to clip."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-__all__ = ["CLIP_SLACK", "AdaptiveClip", "Arrays", "clip_update", "update_norm"]
+__all__ = ["CLIP_SLACK", "AdaptiveClip", "Arrays", "clip_update", "clipped_sum", "update_norm"]
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 # Float rounding may lift a clipped norm by parts in 1e7; clipping a little lower keeps it below the bound.
 CLIP_SLACK = 1.0 - 1e-6
+# Beyond this the clip factor is a denormal float32, too coarse for the slack; such a record counts as non-finite.
+_LARGEST_NORM = 1e30
 _SMALLEST_CLIP, _LARGEST_CLIP = 1e-10, 1e10
 
 
@@ -41,6 +44,34 @@ def clip_update(update: Mapping[str, npt.NDArray[np.float32]], clip_norm: float)
         return {name: np.zeros(array.shape) for name, array in wide.items()}
     factor = min(1.0, clip_norm * CLIP_SLACK / norm) if norm > 0.0 else 1.0
     return {name: np.asarray(array * factor) for name, array in wide.items()}
+
+
+def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list[torch.Tensor]:
+    """Sums per-record gradients after scaling each record to an L2 norm of at most C over all parameters together.
+
+    A record whose gradient is not finite contributes nothing: it is masked, because 0·NaN is NaN.
+
+    *Guarantees*: adding or removing one record moves the result by at most C in L2 (up to float32 summation).
+
+    Args:
+        gradients: per parameter, (records, *shape); parameters of no dimension are (records,).
+        max_grad_norm: C; infinite sums unclipped.
+
+    >>> [round(float(s), 6) for s in clipped_sum([torch.tensor([3.0, float("nan")])], 1.0)]
+    [0.999999]
+    """
+    records = gradients[0].shape[0]
+    flat = [g.reshape(records, math.prod(g.shape[1:])) for g in gradients]  # (records, parameters of one tensor)
+    squares = sum(torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) ** 2 for g in flat)
+    norms = torch.sqrt(torch.as_tensor(squares))  # (records,)
+    usable = norms < _LARGEST_NORM  # false for NaN as well
+    if math.isfinite(max_grad_norm):
+        factors = torch.where(usable, (max_grad_norm * CLIP_SLACK / norms).clamp(max=1.0), 0.0).to(torch.float32)
+    else:
+        factors = usable.to(torch.float32)
+    if not bool(usable.all()):
+        flat = [torch.where(usable[:, None], g, 0.0) for g in flat]
+    return [(factors @ g).reshape(original.shape[1:]) for g, original in zip(flat, gradients, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,13 @@ import numpy.typing as npt
 import torch
 
 from tacit.federated.accounting import Event, Spend, calibrate_noise, reported_epsilon, spend
-from tacit.federated.clipping import CLIP_SLACK, Arrays, clip_update
+from tacit.federated.clipping import Arrays, clip_update, clipped_sum
 from tacit.federated.noise import Randomness
 from tacit.federated.secure_noise import secure_noisy_sum
 
-__all__ = ["Mechanism", "PrivacyRefused", "clipped_sum", "refuse_mixing_layers"]
+__all__ = ["Mechanism", "PrivacyRefused"]
 
 Unit = Literal["record", "client", "local", "none"]
-
-# Beyond this the clip factor is a denormal float32, too coarse for the slack above; such a record counts as non-finite.
-_LARGEST_NORM = 1e30
 
 
 class PrivacyRefused(ValueError):
@@ -171,6 +168,16 @@ class Mechanism:
         total = [torch.zeros(shape) for shape in shapes]
         for chunk in chunks:
             total = [a + b for a, b in zip(total, clipped_sum(chunk, self.max_grad_norm), strict=True)]
+        return self.noised(total, randomness)
+
+    def noised(self, total: list[torch.Tensor], randomness: Randomness) -> list[torch.Tensor]:
+        """`noisy_mean` of a batch whose clipped gradients somebody else has summed, at the same C; float noise only.
+
+        Raises:
+            PrivacyRefused: hardened noise, which needs each record's gradient on the grid.
+        """
+        if self.hardened and self.private:
+            raise PrivacyRefused("expected per-record gradients for hardened noise, got their sum; use noisy_mean")
         if self.noise_multiplier > 0.0:
             total = _add_noise(total, self.noise_multiplier * self.max_grad_norm, randomness)
         return [gradient / self.normaliser for gradient in total]
@@ -249,69 +256,6 @@ class Mechanism:
         steps = self.rounds * self.events_per_round
         noise = calibrate_noise(epsilon=epsilon, delta=self.delta, sample_rate=self.sample_rate, steps=steps)
         return replace(self, noise_multiplier=noise, twin=False)
-
-
-def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list[torch.Tensor]:
-    """Sums per-record gradients after scaling each record to an L2 norm of at most C over all parameters together.
-
-    A record whose gradient is not finite contributes nothing: it is masked, because 0·NaN is NaN.
-
-    *Guarantees*: adding or removing one record moves the result by at most C in L2 (up to float32 summation).
-
-    Args:
-        gradients: per parameter, (records, *shape); parameters of no dimension are (records,).
-        max_grad_norm: C; infinite sums unclipped.
-
-    >>> [round(float(s), 6) for s in clipped_sum([torch.tensor([3.0, float("nan")])], 1.0)]
-    [0.999999]
-    """
-    records = gradients[0].shape[0]
-    flat = [g.reshape(records, math.prod(g.shape[1:])) for g in gradients]  # (records, parameters of one tensor)
-    squares = sum(torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) ** 2 for g in flat)
-    norms = torch.sqrt(torch.as_tensor(squares))  # (records,)
-    usable = norms < _LARGEST_NORM  # false for NaN as well
-    if math.isfinite(max_grad_norm):
-        factors = torch.where(usable, (max_grad_norm * CLIP_SLACK / norms).clamp(max=1.0), 0.0).to(torch.float32)
-    else:
-        factors = usable.to(torch.float32)
-    if not bool(usable.all()):
-        flat = [torch.where(usable[:, None], g, 0.0) for g in flat]
-    return [(factors @ g).reshape(original.shape[1:]) for g, original in zip(flat, gradients, strict=True)]
-
-
-def refuse_mixing_layers(model: torch.nn.Module) -> None:
-    """Refuses layers in which more than a record's own gradient depends on it, or on randomness that is not secret.
-
-    Batch statistics mix the records of a batch; a buffer may carry what it saw past clip and noise; dropout draws from
-    torch's global generator, whose default seed is a constant.
-
-    Raises:
-        PrivacyRefused: names the layers and what to use instead.
-
-    >>> refuse_mixing_layers(torch.nn.Linear(2, 2))
-    >>> refuse_mixing_layers(torch.nn.Sequential(torch.nn.Dropout()))
-    Traceback (most recent call last):
-        ...
-    tacit.federated.mechanism.PrivacyRefused: expected no dropout, got layer(s) 0; its randomness is not secret
-    """
-    mixing = [
-        name or "model"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or any(True for _ in module.buffers(recurse=False))
-    ]
-    if mixing:
-        raise PrivacyRefused(
-            f"expected a model whose records do not mix, got batch statistics or buffers in layer(s) "
-            f"{', '.join(mixing)}; "
-            'use GroupNorm (in a recipe: [model] norm = "group")'
-        )
-    seeded = [
-        n or "model"
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0.0
-    ]
-    if seeded:
-        raise PrivacyRefused(f"expected no dropout, got layer(s) {', '.join(seeded)}; its randomness is not secret")
 
 
 def _add_noise(total: list[torch.Tensor], standard_deviation: float, randomness: Randomness) -> list[torch.Tensor]:

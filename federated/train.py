@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 
 from tacit.federated.clipping import Arrays, clip_update, update_norm
-from tacit.federated.mechanism import Mechanism, refuse_mixing_layers
+from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import Randomness
 from tacit.federated.task import Records, Task
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleModule
 
-__all__ = ["Arrays", "LocalTrainer", "read_arrays", "write_arrays"]
+__all__ = ["Arrays", "LocalTrainer", "read_arrays", "refuse_mixing_layers", "write_arrays"]
 
 
 class LocalTrainer:
@@ -161,6 +161,41 @@ def _per_record(parameter: torch.nn.Parameter, records: int) -> torch.Tensor:
     """What Opacus' hooks left at a parameter, (records, *shape); one that the model does not use has no gradient."""
     gradients: torch.Tensor | None = getattr(parameter, "grad_sample", None)
     return torch.zeros(records, *parameter.shape) if gradients is None else gradients
+
+
+def refuse_mixing_layers(model: torch.nn.Module) -> None:
+    """Refuses layers in which more than a record's own gradient depends on it, or on randomness that is not secret.
+
+    Batch statistics mix the records of a batch; a buffer may carry what it saw past clip and noise; dropout draws from
+    torch's global generator, whose default seed is a constant.
+
+    Raises:
+        PrivacyRefused: names the layers and what to use instead.
+
+    >>> refuse_mixing_layers(torch.nn.Linear(2, 2))
+    >>> refuse_mixing_layers(torch.nn.Sequential(torch.nn.Dropout()))
+    Traceback (most recent call last):
+        ...
+    tacit.federated.mechanism.PrivacyRefused: expected no dropout, got layer(s) 0; its randomness is not secret
+    """
+    mixing = [
+        name or "model"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or any(True for _ in module.buffers(recurse=False))
+    ]
+    if mixing:
+        raise PrivacyRefused(
+            f"expected a model whose records do not mix, got batch statistics or buffers in layer(s) "
+            f"{', '.join(mixing)}; "
+            'use GroupNorm (in a recipe: [model] norm = "group")'
+        )
+    seeded = [
+        n or "model"
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0.0
+    ]
+    if seeded:
+        raise PrivacyRefused(f"expected no dropout, got layer(s) {', '.join(seeded)}; its randomness is not secret")
 
 
 def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import stats
 
-from tacit.federated.mechanism import clipped_sum
+from tacit.federated.clipping import clipped_sum
 from tacit.federated.secure_noise import (
     SecureGenerator,
     _clipped,

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from tacit.federated.datasets import find_task
-from tacit.federated.mechanism import refuse_mixing_layers
 from tacit.federated.task import Records, accuracy, initial_model
-from tacit.federated.train import write_arrays
+from tacit.federated.train import refuse_mixing_layers, write_arrays
 
 
 @pytest.fixture(scope="module")
