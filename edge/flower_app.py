@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 
 from tacit.edge.recipe import Recipe, load_recipe
 from tacit.federated import partition
+from tacit.federated.accounting import spend
 from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
 from tacit.federated.client_app import CohortGate, Owner, OwnerGate, make_client_app
 from tacit.federated.clipping import AdaptiveClip
@@ -235,7 +236,7 @@ def check_plan(recipe: Recipe) -> None:
     if not mechanism.private:
         return
     try:
-        epsilon = mechanism.spend(mechanism.rounds).epsilon
+        epsilon = spend(mechanism.plan, mechanism.delta).epsilon
     except (ArithmeticError, ValueError, MemoryError) as error:
         raise PrivacyRefused(f"expected a plan that the accountants agree on, got: {error}") from None
     if not math.isfinite(epsilon):

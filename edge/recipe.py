@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tacit.edge.recipe_errors import RecipeInvalid, RecipeRefused, first_error, syntax_error
+from tacit.federated.compatibility import refusal
 
 __all__ = ["BUILT_IN", "Recipe", "RecipeInvalid", "RecipeRefused", "load_recipe", "recipe_schema"]
 
@@ -21,18 +23,6 @@ Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 PassTable = dict[str, str | int | float | bool]
-
-
-class RecipeInvalid(ValueError):
-    """A recipe that cannot be read; `where` is file:line:column."""
-
-    def __init__(self, message: str, where: str) -> None:
-        super().__init__(message)
-        self.where = where
-
-
-class RecipeRefused(ValueError):
-    """Keys that are each valid but cannot hold together."""
 
 
 class _Table(BaseModel):
@@ -172,7 +162,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeInvalid("expected UTF-8 text, got a NUL character; save the file as UTF-8", str(path))
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise _syntax_error(path, str(error)) from None
+        raise syntax_error(path, str(error)) from None
     except UnicodeDecodeError:
         raise RecipeInvalid("expected UTF-8 text; save the file as UTF-8", str(path)) from None
     for override in overrides:
@@ -185,7 +175,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise _first_error(error, text, path, overrides) from None
+        raise first_error(error, text, path, overrides, Recipe) from None
     return _resolve(recipe, content)
 
 
@@ -226,6 +216,18 @@ def _resolve(recipe: Recipe, content: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"privacy": privacy, "federated": federated})
 
 
+def _features(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """What shapes a run's releases, with the conditions that our code meets."""
+    federated = recipe.federated
+    # Weights are uniform; a quorum is counted before the draw; momentum comes after the noise.
+    used = {federated.strategy: ("public weights", "uniform or bounded weights", "after the noise")}
+    used["quorum"] = ("before the draw",)
+    used["dropout"] = ("an upload made is charged even if unused", "a missing client contributes 0")
+    if recipe.privacy.clip == "adaptive":
+        used["adaptive clip"] = ("z < 2 sigma_b",)  # the smallest sigma_b is 2z
+    return used
+
+
 # What each unit samples at when the recipe does not say; at client level it is the clients that are sampled.
 _SAMPLE_RATES = {"record": 0.4, "none": 0.4, "client": 0.1, "local": 1.0}
 
@@ -235,9 +237,11 @@ def _resolve_privacy(recipe: Recipe, given: Mapping[str, Any]) -> PrivacyTable:
     filled: dict[str, Any] = {"sample_rate": privacy.sample_rate or _SAMPLE_RATES[privacy.unit]}
     if privacy.reference_size is None:
         filled["reference_size"] = {"client": recipe.federated.owners, "local": 1}.get(privacy.unit, 128)
-    if privacy.clip == "adaptive" and privacy.unit != "client":
+    if (why := refusal(privacy.unit, _features(recipe))) is not None:
+        raise RecipeRefused(why)
+    if privacy.clip == "adaptive" and privacy.unit == "none":
         raise RecipeRefused(
-            f"expected privacy.clip='fixed' with privacy.unit={privacy.unit!r}, got 'adaptive'; it needs unit client"
+            "expected privacy.clip='fixed' with privacy.unit='none', got 'adaptive'; nothing is clipped"
         )
     if privacy.noise == "hardened" and (privacy.clip == "adaptive" or privacy.unit == "none"):
         raise RecipeRefused(
@@ -307,81 +311,3 @@ def _give_way(content: dict[str, Any], overrides: Sequence[str]) -> None:
             for other in others:
                 if f"privacy.{other}" not in asked:
                     privacy.pop(other, None)
-
-
-def _syntax_error(path: Path, message: str) -> RecipeInvalid:
-    reason, _, place = message.partition(" (at ")
-    numbers = [word.strip(",)") for word in place.split() if word.strip(",)").isdigit()]
-    where = ":".join([str(path), *numbers]) if numbers else f"{path} ({place.strip(')')})"
-    return RecipeInvalid(f"expected TOML, got a syntax error: {reason[:1].lower()}{reason[1:]}", where)
-
-
-def _first_error(error: ValidationError, text: str, path: Path, overrides: Sequence[str]) -> RecipeInvalid:
-    """One line for the first thing that is wrong; the others show once it is mended."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
-    overridden = [o for o in overrides if _overlap(o.partition("=")[0].strip(), key)]
-    where = f"--set {overridden[-1]}" if overridden else _place(text, location, path)
-    if first["type"] == "extra_forbidden":
-        near = get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(_known_keys(location[:-1]))}"
-        return RecipeInvalid(f"expected a known key, got {key!r}{hint}", where)
-    if first["type"] == "missing":
-        return RecipeInvalid(f"expected the key {key!r}, got none", where)
-    got = first["input"]
-    shown = json.dumps(got) if isinstance(got, (str, int, bool, list, dict)) else str(got)
-    asked = first["msg"][:1].lower() + first["msg"][1:]
-    return RecipeInvalid(f"{key} = {shown}: {asked.replace('input should be', 'expected')}", where)
-
-
-def _overlap(first: str, second: str) -> bool:
-    """Whether one of two dotted keys is the other or holds it."""
-    short, long = sorted((first, second), key=len)
-    return long.startswith(short) and long[len(short) :][:1] in ("", ".", "[")
-
-
-_UNION_TAGS = {"constrained-float", "float", "int", "str", "bool", "none"}
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    fields: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = fields.model_fields[part].annotation
-        fields = VariantTable if part == "variants" else annotation
-    return list(fields.model_fields)
-
-
-def _place(text: str, location: Sequence[str | int], path: Path) -> str:
-    """file:line:column of a key; tomllib keeps no positions, so the text is read once more, headers and keys only."""
-    wanted = [part for part in location if isinstance(part, str)]
-    index = next((part for part in location if isinstance(part, int)), None)
-    where, depth = str(path), 0
-    for line, column, keys, entry in _keys(text):
-        elsewhere = index is not None and entry is not None and entry != index
-        if not elsewhere and keys == wanted[: len(keys)] and len(keys) > depth:
-            where, depth = f"{path}:{line}:{column}", len(keys)
-    return where
-
-
-def _keys(text: str) -> Iterator[tuple[int, int, list[str], int | None]]:
-    """Line, column, dotted path and array-of-tables index of each header and key."""
-    table: list[str] = []
-    entry: int | None = None
-    counts: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        column = len(line) - len(line.lstrip()) + 1
-        if stripped.startswith("["):
-            header = stripped.partition("#")[0].strip()
-            table = [part.strip().strip("\"'") for part in header.strip("[] ").split(".")]
-            entry = None
-            if header.startswith("[["):
-                name = ".".join(table)
-                entry = counts[name] = counts.get(name, -1) + 1
-            yield number, column, table, entry
-        elif "=" in stripped and not stripped.startswith("#"):
-            key = stripped.partition("=")[0].strip()
-            yield number, column, [*table, *(part.strip().strip("\"'") for part in key.split("."))], entry

@@ -223,8 +223,9 @@ def _spend(events: frozenset[tuple[Event, int]], delta: float, with_prv: bool) -
     return Spend(epsilon=pld, delta=delta, accountant=_pld_name(), epsilon_rdp=rdp, epsilon_prv=prv)
 
 
-@lru_cache(maxsize=64)
-def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+def calibrate_noise(
+    *, epsilon: float, delta: float, sample_rate: float, steps: int, also: Mapping[Event, int] | None = None
+) -> float:
     """The smallest noise multiplier, to 0.1 % from above, whose reported ε over `steps` is at most `epsilon`.
 
     Args:
@@ -232,16 +233,26 @@ def calibrate_noise(*, epsilon: float, delta: float, sample_rate: float, steps: 
         delta: the δ of (ε, δ)-DP, in (0, 1).
         sample_rate: Poisson sampling rate, in (0, 1].
         steps: how many steps are planned, ≥ 1.
+        also: other accesses of the same plan, whose noise is given; they come out of the same budget.
 
     Raises:
         ValueError: no noise multiplier up to 10,000 meets the budget.
 
     >>> calibrate_noise(epsilon=4.377178, delta=1e-5, sample_rate=1.0, steps=1) >= 1.0
     True
+    >>> shared = {Event(sample_rate=1.0, noise_multiplier=2.0): 1}
+    >>> calibrate_noise(epsilon=4.377178, delta=1e-5, sample_rate=1.0, steps=1, also=shared) > 1.1
+    True
     """
+    return _calibrate(epsilon, delta, sample_rate, steps, frozenset((also or {}).items()))
 
+
+@lru_cache(maxsize=64)
+def _calibrate(
+    epsilon: float, delta: float, sample_rate: float, steps: int, also: frozenset[tuple[Event, int]]
+) -> float:
     def within(noise_multiplier: float, discretisation: float) -> bool:
-        history = {Event(sample_rate=sample_rate, noise_multiplier=noise_multiplier): steps}
+        history = merge([(Event(sample_rate=sample_rate, noise_multiplier=noise_multiplier), steps), *also])
         # RDP is an upper bound and takes milliseconds: far too little noise never reaches the PLD.
         if epsilon_rdp(history, delta, orders=_INTEGER_ORDERS) > 4.0 * epsilon + 10.0:
             return False

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tacit.federated.accounting import Event, Spend, calibrate_noise, reported_epsilon, spend
+from tacit.federated.accounting import Event, calibrate_noise, reported_epsilon
 from tacit.federated.clipping import Arrays, clip_update, clipped_sum
 from tacit.federated.noise import Randomness
 from tacit.federated.secure_noise import secure_noisy_sum
@@ -124,13 +124,14 @@ class Mechanism:
         """q·n_ref, the expected batch of an owner of the reference size."""
         return self.sample_rate * self.reference_size
 
+    @property
+    def plan(self) -> dict[Event, int]:
+        """How often each kind of access is planned."""
+        return {self.event: self.rounds * self.events_per_round}
+
     def planned_epsilon(self) -> float:
         """ε of all planned participations: PLD, or RDP where that exceeds 50."""
-        return reported_epsilon({self.event: self.rounds * self.events_per_round}, self.delta)
-
-    def spend(self, participations: int) -> Spend:
-        """The cost of so many participations, by three accountants."""
-        return spend({self.event: participations * self.events_per_round}, self.delta)
+        return reported_epsilon(self.plan, self.delta)
 
     def describe(self) -> dict[str, str | float | int]:
         """The mechanism as a ledger entry states it."""
@@ -251,10 +252,15 @@ class Mechanism:
         noised = _add_noise_to_arrays(total, multiplier * bound, randomness)
         return {name: np.asarray(array / self.normaliser, dtype=np.float32) for name, array in noised.items()}
 
-    def calibrated(self, epsilon: float) -> Mechanism:
-        """The same with the least noise, from above, whose ε over all planned participations is at most `epsilon`."""
+    def calibrated(self, epsilon: float, also: Mapping[Event, int] | None = None) -> Mechanism:
+        """The same with the least noise, from above, whose ε over all planned participations is at most `epsilon`.
+
+        Args:
+            epsilon: the budget.
+            also: other accesses planned for the same records, which share it.
+        """
         steps = self.rounds * self.events_per_round
-        noise = calibrate_noise(epsilon=epsilon, delta=self.delta, sample_rate=self.sample_rate, steps=steps)
+        noise = calibrate_noise(epsilon=epsilon, delta=self.delta, sample_rate=self.sample_rate, steps=steps, also=also)
         return replace(self, noise_multiplier=noise, twin=False)
 
 
