@@ -103,6 +103,7 @@ def build_variant(
     *,
     stamp: Mapping[str, str],
     exported: Path | None = None,
+    stem: str = "model",
 ) -> dict[str, object]:
     """Export, quantise and stamp a variant into `folder`, which appears whole or not at all.
 
@@ -116,6 +117,7 @@ def build_variant(
         folder: Replaced if it exists; its parent is made if need be.
         stamp: Written into the artifact, for example the digest of `privacy.json`.
         exported: What `export_float` wrote for `shaped` in this format; exported here when None.
+        stem: Of the artifact's file name.
 
     Returns:
         The content of `variant.json`.
@@ -136,7 +138,7 @@ def build_variant(
         built = scratch / "built"
         built.mkdir()
         plans.save(built, shaped.model, shaped.plan)
-        artifact = built / f"model.{spec.format}"
+        artifact = built / f"{stem}.{spec.format}"
         _write_artifact(spec, material, artifact, exported or _exported(spec, shaped, material, scratch))
         _FORMATS[spec.format].stamp(artifact, stamp)
         description = _describe(spec, shaped, artifact, stamp)

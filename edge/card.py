@@ -44,6 +44,7 @@ _WORDS = {
     },
 }
 _BENCHMARK = "Public benchmark data: ε describes the mechanism, not protection of these records."
+_VOID = "GUARANTEE VOID: batches and noise came from --unsafe-seed, so that whoever knows the seed sees through them."
 _RECORD = "One record is assumed to live at one owner."
 _TWIN = "trained without noise and uncharged, on public benchmark data only; its curve is shown, its model deleted"
 _THIS_RUN = "This run alone: other runs over the same records, tuning included, add up."
@@ -70,7 +71,8 @@ def privacy_card(
     costs = spend_of(accounts, mechanism.delta, with_prv=with_prv)
     cost = max(costs, key=lambda spent: spent.epsilon)
     noise = "Noise on an integer grid." if mechanism.hardened else "Noise not hardened."
-    statement = [_SIMULATED.format(**_WORDS[mechanism.unit], noise=noise)]
+    statement = [_VOID] if mechanism.void else []
+    statement += [_SIMULATED.format(**_WORDS[mechanism.unit], noise=noise)]
     statement += [_BENCHMARK] if data_status == "public-benchmark" else []
     statement += [_RECORD] if mechanism.unit == "record" else []
     statement += [_THIS_RUN]
@@ -99,8 +101,9 @@ def privacy_card(
         "scope": "simulated",
         "engine": _engine(folder),
         "server_adversary": "none" if mechanism.unit == "client" else "by design only",
-        "noise": "hardened (grid); sampler not exact, not timing-hardened" if mechanism.hardened else "not hardened",
-        "randomness": "secret, from the operating system; no seed",
+        "guarantee": "VOID" if mechanism.void else "holds",
+        "noise": _noise(mechanism),
+        "randomness": "VOID: seeded" if mechanism.void else "secret, from the operating system; no seed",
         "data_status": data_status,
         "code": "not signed",
         "channels": [f"{name}: {how}" for name, how in describe_channels(mechanism.unit).items()],
@@ -130,6 +133,12 @@ def _check_ledger(folder: RunFolder, accounts: Sequence[Account], mechanism: Mec
         raise ChainDamaged(f"expected the ledger of round {newest.round}, got an older one; restore the newest ledger")
 
 
+def _noise(mechanism: Mechanism) -> str:
+    if mechanism.void:
+        return "VOID"
+    return "hardened (grid); sampler not exact, not timing-hardened" if mechanism.hardened else "not hardened"
+
+
 def no_privacy_card(folder: RunFolder) -> dict[str, object]:
     """The card of a run that claims nothing."""
     return {
@@ -147,7 +156,7 @@ def _engine(folder: RunFolder) -> str:
 
 def summarise(folder: RunFolder) -> dict[str, object]:
     """Every number of the report, from the files of the run directory."""
-    privacy = folder.read_json("privacy.json") or {}
+    privacy = folder.read_json(folder.named("privacy.json")) or {}
     task = find_task(folder.recipe.task.name)
     test = task.load().test
     rounds = _rounds(folder.train / "rounds.jsonl")

@@ -31,6 +31,7 @@ def run(
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     overrides: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    unsafe_seed: int | None = None,
 ) -> Outcome:
     """Train, compress, measure and report: the whole pipeline.
 
@@ -39,6 +40,7 @@ def run(
         out: The run directory; runs/NAME when left out.
         resume: Continue a run that was interrupted.
         overrides: table.key=value on top of the recipe; may be repeated.
+        unsafe_seed: For tests: reproducible batches and noise, which VOIDS THE GUARANTEE; all output says so.
     """
     from tacit.edge.pipeline import run as run_pipeline
     from tacit.edge.recipe import load_recipe
@@ -46,8 +48,9 @@ def run(
     resolved = load_recipe(recipe, overrides)
     console = _console()
     try:
-        folder = (out or Path("runs") / resolved.task.name).expanduser()
-        summary = run_pipeline(resolved, folder, resume=resume, progress=console)
+        name = resolved.task.name + ("" if unsafe_seed is None else ".guarantee-void")
+        folder = (out or Path("runs") / name).expanduser()
+        summary = run_pipeline(resolved, folder, resume=resume, unsafe_seed=unsafe_seed, progress=console)
     finally:
         console.stop()
     return _summary_outcome(summary, folder)
@@ -134,7 +137,8 @@ def _summary_outcome(summary: Mapping[str, object], folder: Path) -> Outcome:
         lines += ["", *_variant_lines(variants)]
     if isinstance(failed, list):
         lines += [f"failed    {entry['stage']} {entry['name']}: {entry['reason']}" for entry in failed]
-    lines += ["", f"report    {folder / 'report.html'}"]
+    page = next(folder.glob("report*.html"), folder)
+    lines += ["", f"report    {page}"]
     return Outcome(text="\n".join(lines), data=summary, code=8 if failed else 0)
 
 

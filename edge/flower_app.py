@@ -33,6 +33,7 @@ from tacit.federated.train import Arrays, LocalTrainer, read_arrays, write_array
 __all__ = ["Composition", "check_plan", "client_app", "compose", "mechanism_of", "server_app", "train_in_process"]
 
 Report = Callable[[Mapping[str, object]], None]
+Draw = Callable[..., Randomness]  # by purpose
 Role = Literal["private", "twin"]
 
 
@@ -46,6 +47,7 @@ class Composition:
     model: Model
     mechanism: Mechanism
     owners: tuple[Owner, ...]
+    draw: Draw
 
     @property
     def budget(self) -> float:
@@ -59,13 +61,14 @@ class Composition:
         return ledger
 
 
-def compose(recipe: Recipe, folder: Path, *, role: Role = "private") -> Composition:
+def compose(recipe: Recipe, folder: Path, *, role: Role = "private", unsafe_seed: int | None = None) -> Composition:
     """Builds what a recipe describes, checking everything before a record is trained on.
 
     Args:
         recipe: resolved.
         folder: the run directory; owners' logs go below it.
         role: "twin" for the same recipe with the noise left out and public randomness.
+        unsafe_seed: makes the secret class of randomness reproducible, which voids the guarantee.
 
     Returns:
         Its owners have no gate yet.
@@ -78,19 +81,19 @@ def compose(recipe: Recipe, folder: Path, *, role: Role = "private") -> Composit
     torch.set_num_threads(1)  # sums in the same order on every machine, and owners that do not fight over cores
     task = find_task(recipe.task.name)
     model = build_model(recipe)
-    mechanism = mechanism_of(recipe, role)
+    mechanism = replace(mechanism_of(recipe, role), void=unsafe_seed is not None)
     federated = recipe.federated
     trainer = LocalTrainer(
         task, model, mechanism, learning_rate=federated.learning_rate, batch_rate=federated.batch_rate
     )
     data = task.load()
+    if mechanism.void and data.status != "public-benchmark":
+        raise PrivacyRefused("expected public benchmark data for --unsafe-seed, got private data; nothing may be void")
     count, read = _reader(recipe, data)
-    secret = _secret(mechanism)
+    draw = _randomness(mechanism, federated.seed if unsafe_seed is None else unsafe_seed)
 
     def randomness(name: str) -> Callable[[int], Randomness]:
-        if mechanism.private:
-            return lambda _: secret
-        return lambda server_round: SeededGenerator(public_seed(federated.seed, "batch", name, server_round))
+        return lambda server_round: draw("batch", name, server_round)
 
     owners = tuple(
         Owner(
@@ -106,7 +109,7 @@ def compose(recipe: Recipe, folder: Path, *, role: Role = "private") -> Composit
         )
         for index, name in enumerate(partition.owner_names(count))
     )
-    return Composition(recipe=recipe, task=task, data=data, model=model, mechanism=mechanism, owners=owners)
+    return Composition(recipe=recipe, task=task, data=data, model=model, mechanism=mechanism, owners=owners, draw=draw)
 
 
 def build_model(recipe: Recipe) -> Model:
@@ -124,7 +127,15 @@ def build_model(recipe: Recipe) -> Model:
     return initial_model(task, parameters, recipe.federated.seed)
 
 
-def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, role: Role = "private") -> Composition:
+def train_in_process(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    run: str,
+    report: Report,
+    role: Role = "private",
+    unsafe_seed: int | None = None,
+) -> Composition:
     """Runs a recipe's federated training in this process, resuming from the last checkpoint.
 
     Args:
@@ -133,12 +144,13 @@ def train_in_process(recipe: Recipe, folder: Path, *, run: str, report: Report, 
         run: the run's identity.
         report: told of each round.
         role: "private", or "twin" for the same without noise.
+        unsafe_seed: voids the guarantee, as in `compose`.
 
     Returns:
         What was trained on.
     """
     quiet_flower()
-    composition = compose(recipe, folder, role=role)
+    composition = compose(recipe, folder, role=role, unsafe_seed=unsafe_seed)
     ledger, gate = None, None
     if composition.mechanism.private:
         ledger = composition.open_ledger(folder / "ledger.jsonl", folder / "train" / "outbox")
@@ -276,16 +288,11 @@ def _strategy(composition: Composition, ledger: Ledger | None) -> FederatedAvera
     )
     if mechanism.unit != "client":
         return FederatedAveraging(rounds=federated.rounds, optimizer=optimizer)
-    secret = _secret(mechanism)
-
-    def randomness(server_round: int) -> Randomness:
-        return secret if mechanism.private else SeededGenerator(public_seed(federated.seed, "cohort", server_round))
-
     return PoissonCohorts(
         mechanism=mechanism,
         rounds=federated.rounds,
         optimizer=optimizer,
-        randomness=randomness,
+        randomness=lambda server_round: composition.draw("cohort", server_round),
         source=composition.task.name,
         quorum=federated.quorum or 1,
         ledger=ledger,
@@ -293,8 +300,12 @@ def _strategy(composition: Composition, ledger: Ledger | None) -> FederatedAvera
     )
 
 
-def _secret(mechanism: Mechanism) -> Randomness:
-    return SecureGenerator() if mechanism.hardened else SecretGenerator()
+def _randomness(mechanism: Mechanism, seed: int) -> Draw:
+    """What batches, cohorts and noise are drawn from; only a run that claims nothing, or is void, has a seed for it."""
+    if not mechanism.private or mechanism.void:
+        return lambda *purpose: SeededGenerator(public_seed(seed, *purpose))
+    secret = SecureGenerator() if mechanism.hardened else SecretGenerator()
+    return lambda *_: secret
 
 
 def _adaptive_clip(recipe: Recipe, mechanism: Mechanism) -> AdaptiveClip | None:

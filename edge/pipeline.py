@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def run(
     *,
     resume: bool = False,
     overrides: Sequence[str] = (),
+    unsafe_seed: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
     """Trains, compresses, measures and reports.
@@ -48,6 +50,8 @@ def run(
         out: the run directory.
         resume: continue a run that was interrupted; what is done is not done again.
         overrides: `table.key=value` on top of the recipe.
+        unsafe_seed: makes batches and noise reproducible for tests, which voids the guarantee; all that is written says
+            so, and `out` must have "guarantee-void" in its name.
         progress: where to report to; nobody when None.
 
     Returns:
@@ -61,7 +65,7 @@ def run(
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     shown = progress or Silent()
-    with _opened(Path(out), resolved) as folder:
+    with _opened(Path(out), resolved, unsafe_seed) as folder:
         if folder.begun and not resume:
             raise FolderMismatch(f"expected a fresh folder, got {folder.path} with a run; add --resume or name another")
         _check(resolved, "the recipe" if isinstance(recipe, Recipe) else str(recipe), shown)
@@ -113,8 +117,8 @@ def report(out: str | Path, *, progress: Progress | None = None) -> dict[str, ob
 
 
 @contextmanager
-def _opened(path: Path, recipe: Recipe | None = None) -> Iterator[RunFolder]:
-    folder = RunFolder(path, recipe)
+def _opened(path: Path, recipe: Recipe | None = None, unsafe_seed: int | None = None) -> Iterator[RunFolder]:
+    folder = RunFolder(path, recipe, unsafe_seed=unsafe_seed)
     try:
         yield folder
     finally:
@@ -189,7 +193,7 @@ def _train(folder: RunFolder, progress: Progress) -> Twin:
     try:
         with _timed(folder, "train"):
             progress.begin("train", folder.recipe.federated.rounds)
-            train_in_process(folder.recipe, folder.path, run=folder.run, report=on_row)
+            train_in_process(folder.recipe, folder.path, run=folder.run, report=on_row, unsafe_seed=folder.unsafe_seed)
             _state_privacy(folder)
             progress.end(f"{folder.recipe.federated.rounds} rounds")
     except BaseException:
@@ -205,8 +209,8 @@ def _state_privacy(folder: RunFolder) -> dict[str, object]:
     from tacit.federated.datasets import find_task
 
     recipe = folder.recipe
-    mechanism = mechanism_of(recipe)
-    written = folder.read_json("privacy.json")
+    mechanism = replace(mechanism_of(recipe), void=folder.unsafe_seed is not None)
+    written = folder.read_json(folder.named("privacy.json"))
     if not mechanism.private:
         card = no_privacy_card(folder)
     else:
@@ -217,7 +221,7 @@ def _state_privacy(folder: RunFolder) -> dict[str, object]:
         _compare_cards(folder, written, card)
         return written
     reach("train.before_card")
-    folder.write_json(card, "privacy.json")
+    folder.write_json(card, folder.named("privacy.json"))
     return card
 
 
@@ -226,7 +230,7 @@ def _compare_cards(folder: RunFolder, written: Mapping[str, object], found: Mapp
     other = [key for key in found if key != "epsilon_prv" and written.get(key) != found[key]]
     if other or set(written) != set(found):
         raise FileDamaged(
-            f"expected the card that the ledger gives, got {folder.path / 'privacy.json'} with another "
+            f"expected the card that the ledger gives, got {folder.path / folder.named('privacy.json')} with another "
             f"{', '.join(other[:3]) or 'set of fields'}; delete it and it is written anew"
         )
 
@@ -301,10 +305,11 @@ def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
                 "run the stages again"
             ) from error
         reach("report.before_write")
-        write_report(summary, folder.path / "report.html")
+        page = folder.path / folder.named("report.html")
+        write_report(summary, page)
     summary = {**summary, "wall_s": folder.wall_s()}
-    folder.write_json(summary, "summary.json")
-    progress.end(str(folder.path / "report.html"))
+    folder.write_json(summary, folder.named("summary.json"))
+    progress.end(str(page))
     return summary
 
 
@@ -318,6 +323,8 @@ def privacy_line(card: Mapping[str, object]) -> str:
     """
     if card.get("unit") == "none":
         return "no privacy guarantee"
+    if card.get("guarantee") == "VOID":
+        return "GUARANTEE VOID: batches and noise came from --unsafe-seed"
     epsilon = math.ceil(float(str(card["epsilon"])) * 100 - 1e-7) / 100
     return (
         f"ε = {epsilon:.2f} at δ = {card['delta']:g}, {card['unit']} level, {card['relation']}, {card['accountant']}; "

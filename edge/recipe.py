@@ -220,7 +220,9 @@ def _features(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """What shapes a run's releases, with the conditions that our code meets."""
     federated = recipe.federated
     # Weights are uniform; a quorum is counted before the draw; momentum comes after the noise.
-    used = {federated.strategy: ("public weights", "uniform or bounded weights", "after the noise")}
+    used: dict[str, tuple[str, ...]] = {
+        federated.strategy: ("public weights", "uniform or bounded weights", "after the noise")
+    }
     used["quorum"] = ("before the draw",)
     used["dropout"] = ("an upload made is charged even if unused", "a missing client contributes 0")
     if recipe.privacy.clip == "adaptive":

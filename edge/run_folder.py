@@ -17,6 +17,9 @@ from tacit.edge.recipe import Recipe, RecipeInvalid, load_recipe
 __all__ = ["FolderHeld", "FolderMismatch", "RunFolder"]
 
 
+_VOID = "guarantee-void"
+
+
 class FolderHeld(RuntimeError):
     """Another run is using the folder."""
 
@@ -32,21 +35,27 @@ class RunFolder:
         path: the directory.
         recipe: resolved.
         run: the run's identity, made once and kept.
+        unsafe_seed: of batches and noise in a run whose guarantee is void; None in every other.
     """
 
-    def __init__(self, path: Path, recipe: Recipe | None = None) -> None:
+    def __init__(self, path: Path, recipe: Recipe | None = None, *, unsafe_seed: int | None = None) -> None:
         """Makes or opens a run directory.
 
         Args:
             path: the directory.
             recipe: the run's; None to take the one that the directory holds.
+            unsafe_seed: of a new run whose guarantee is void; a folder that has begun keeps its own.
 
         Raises:
-            FolderMismatch: it holds another recipe, or other files and no recipe.
+            FolderMismatch: it holds another recipe or seed, or other files and no recipe.
             FolderHeld: another process is using it.
             OSError: it cannot be written.
         """
         self.path = path
+        if unsafe_seed is not None and _VOID not in path.name:
+            raise FolderMismatch(
+                f"expected {_VOID!r} in the name of a folder for --unsafe-seed, got {path}; name it {path}.{_VOID}"
+            )
         if path.exists() and not path.is_dir():
             raise FolderMismatch(f"expected a folder, got the file {path}; name another --out")
         held = path / "recipe.toml"
@@ -59,6 +68,7 @@ class RunFolder:
         self.recipe = self._adopt(recipe)
         about = self._about()
         self.run, self.created = str(about["run"]), str(about["created"])
+        self.unsafe_seed = self._void(about, unsafe_seed)
         if about.get("recipe") not in (None, self.recipe.digest()):
             self.close()
             raise FolderMismatch(
@@ -119,9 +129,27 @@ class RunFolder:
         """From here on the folder is this recipe's: called when training begins."""
         self.write_json({**self._about(), "recipe": self.recipe.digest()}, "run.json")
 
+    def named(self, name: str) -> str:
+        """A file's name, which says so when the run's guarantee is void."""
+        stem, dot, ending = name.rpartition(".")
+        return name if self.unsafe_seed is None else f"{stem}.{_VOID}{dot}{ending}"
+
     def close(self) -> None:
         """Gives the lock back."""
         os.close(self._descriptor)
+
+    def _void(self, about: Mapping[str, object], asked: int | None) -> int | None:
+        """The seed that voids the run, from its beginning to its end; a run that began without one never gets one."""
+        kept = about.get("unsafe_seed")
+        if asked is None or asked == kept:
+            return kept if isinstance(kept, int) else None
+        if self.begun:
+            self.close()
+            raise FolderMismatch(
+                f"expected --unsafe-seed to be as at the run's beginning, got {asked} for {kept}; name another --out"
+            )
+        self.write_json({**about, "unsafe_seed": asked}, "run.json")
+        return asked
 
     def _lock(self) -> None:
         self._descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -78,7 +78,7 @@ class _Workshop:
             loss=task.loss,
         )
         self._shaped: dict[str, Shaped] = {}
-        privacy = (folder.path / "privacy.json").read_bytes()
+        privacy = (folder.path / folder.named("privacy.json")).read_bytes()
         self.stamp = {"tacit.privacy_sha256": hashlib.sha256(privacy).hexdigest(), "tacit.task": task.name}
 
     def has(self, spec: VariantSpec) -> bool:
@@ -95,7 +95,13 @@ class _Workshop:
         shaped = self._shape(spec)
         reach("compress.before_variant")
         about = build_variant(
-            spec, shaped, self._material, target, stamp=self.stamp, exported=self._export(spec, shaped)
+            spec,
+            shaped,
+            self._material,
+            target,
+            stamp=self.stamp,
+            exported=self._export(spec, shaped),
+            stem=Path(self._folder.named("model.x")).stem,
         )
         reach("compress.after_artifact")
         judged = {**about, **self._judge(about, shaped)}
@@ -169,7 +175,7 @@ def _artifact(folder: RunFolder, about: Mapping[str, object]) -> Artifact:
     name = str(about["name"])
     return Artifact(
         name=name,
-        path=folder.path / "variants" / name / f"model.{about['format']}",
+        path=folder.path / "variants" / name / folder.named(f"model.{about['format']}"),
         input_layout="channel_last" if about["input_layout"] == "channel_last" else "channel_first",
     )
 

@@ -50,6 +50,7 @@ class Mechanism:
         delta: the δ at which ε is stated.
         twin: the same without noise and without a guarantee, to show what privacy costs.
         hardened: sums and noise on an integer grid, from ChaCha20 (`secure_noise`), against floating-point attacks.
+        void: batches and noise come from a seed, for tests: whoever knows it sees through both, so nothing holds.
 
     >>> plan = {"steps_per_round": 1, "rounds": 10, "reference_size": 64, "delta": 1e-5}
     >>> mechanism = Mechanism(unit="record", sample_rate=0.5, max_grad_norm=1.0, noise_multiplier=2.0, **plan)
@@ -70,6 +71,7 @@ class Mechanism:
     delta: float
     twin: bool = False
     hardened: bool = False
+    void: bool = False
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -139,7 +141,7 @@ class Mechanism:
             "unit": self.unit,
             "relation": self.relation,
             "sampler": "none" if self.unit == "local" else "poisson",
-            "noise": "gaussian on a grid" if self.hardened else "gaussian",
+            "noise": ("gaussian on a grid" if self.hardened else "gaussian") + self.void * ", guarantee void",
             "sample_rate": self.sample_rate,
             "noise_multiplier": self.noise_multiplier,
             "max_grad_norm": self.max_grad_norm,
