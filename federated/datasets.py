@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib import import_module
 
 import numpy as np
 from torch import nn
@@ -21,7 +22,9 @@ _PUBLIC_RECORDS = 90
 
 
 def find_task(name: str) -> Task:
-    """The task that a recipe names.
+    """The task that a recipe names: a built-in one, or "package.module:name" of an importable `Task`.
+
+    A name that stands for a function is called without arguments.
 
     Raises:
         ValueError: no such task; the message suggests one.
@@ -29,14 +32,31 @@ def find_task(name: str) -> Task:
     >>> find_task("digits").interface.shape
     (1, 8, 8)
     """
+    if ":" in name:
+        return _imported(name)
     tasks = {"digits": _digits, "writers": _writers}
     if name not in tasks:
         near = get_close_matches(name, tasks, n=1)
         raise ValueError(
-            f"expected a task among {', '.join(sorted(tasks))}, got task.name={name!r}"
+            f"expected a task among {', '.join(sorted(tasks))}, or package.module:name, got task.name={name!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     return tasks[name]()
+
+
+def _imported(name: str) -> Task:
+    module, _, attribute = name.partition(":")
+    try:
+        found: object = getattr(import_module(module), attribute)
+        task = found() if callable(found) else found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"expected task.name='package.module:name' to be importable, got {name!r}: {error}; "
+            "install the package or put its folder on PYTHONPATH"
+        ) from error
+    if not isinstance(task, Task):
+        raise ValueError(f"expected {name!r} to be a tacit.federated.task.Task, got {type(task).__name__}")
+    return task
 
 
 def _digits() -> Task:

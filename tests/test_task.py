@@ -84,3 +84,22 @@ def test_accuracy_counts_right_answers_whatever_the_chunk():
     inputs = np.eye(4, dtype=np.float32)[np.array([0, 1, 2, 3, 0])]
     records = Records(inputs, np.array([0, 1, 2, 0, 1]))
     assert [accuracy(Echo(), records, chunk=chunk) for chunk in (1, 2, 100)] == [0.6] * 3
+
+
+def test_a_task_of_the_users_own_is_found_by_module_and_name(monkeypatch, tmp_path):
+    (tmp_path / "clinic.py").write_text(
+        "from dataclasses import replace\n"
+        "from tacit.federated.datasets import find_task\n"
+        "def scans():\n    return replace(find_task('digits'), name='scans')\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_task("clinic:scans").name == "scans"
+    with pytest.raises(ValueError, match="expected 'clinic:number' to be a"):
+        find_task("clinic:number")
+
+
+@pytest.mark.parametrize("name", ["no.such.module:task", "json:task", ":task"])
+def test_a_task_that_cannot_be_imported_is_one_clear_line(name):
+    with pytest.raises(ValueError, match="to be importable"):
+        find_task(name)
