@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["CLIP_SLACK", "AdaptiveClip", "Arrays", "clip_update", "clipped_sum", "update_norm"]
+__all__ = ["CLIP_SLACK", "AdaptiveClip", "Arrays", "clip_factors", "clip_update", "clipped_sum", "update_norm"]
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -46,6 +46,28 @@ def clip_update(update: Mapping[str, npt.NDArray[np.float32]], clip_norm: float)
     return {name: np.asarray(array * factor) for name, array in wide.items()}
 
 
+def clip_factors(norms: torch.Tensor, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each record's gradient is multiplied with, so that its norm is at most C: the one place that decides it.
+
+    Args:
+        norms: each record's L2 norm over all parameters together, (records,), float64; never less than the true one.
+        max_grad_norm: C; infinite clips nothing.
+
+    Returns:
+        The factors, (records,), float32, and which records are usable, (records,). One whose norm is not finite, or too
+        large for a factor in float32, is not, and has factor 0; its gradient must be masked, because 0·NaN is NaN.
+
+    >>> factors, usable = clip_factors(torch.tensor([0.5, 4.0, float("nan")], dtype=torch.float64), 1.0)
+    >>> [round(float(f), 6) for f in factors], usable.tolist()
+    ([1.0, 0.25, 0.0], [True, True, False])
+    """
+    usable = norms < _LARGEST_NORM  # false for NaN as well
+    if not math.isfinite(max_grad_norm):
+        return usable.to(torch.float32), usable
+    factors = torch.where(usable, (max_grad_norm * CLIP_SLACK / norms).clamp(max=1.0), 0.0)
+    return factors.to(torch.float32), usable
+
+
 def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list[torch.Tensor]:
     """Sums per-record gradients after scaling each record to an L2 norm of at most C over all parameters together.
 
@@ -63,12 +85,7 @@ def clipped_sum(gradients: Sequence[torch.Tensor], max_grad_norm: float) -> list
     records = gradients[0].shape[0]
     flat = [g.reshape(records, math.prod(g.shape[1:])) for g in gradients]  # (records, parameters of one tensor)
     squares = sum(torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) ** 2 for g in flat)
-    norms = torch.sqrt(torch.as_tensor(squares))  # (records,)
-    usable = norms < _LARGEST_NORM  # false for NaN as well
-    if math.isfinite(max_grad_norm):
-        factors = torch.where(usable, (max_grad_norm * CLIP_SLACK / norms).clamp(max=1.0), 0.0).to(torch.float32)
-    else:
-        factors = usable.to(torch.float32)
+    factors, usable = clip_factors(torch.sqrt(torch.as_tensor(squares)), max_grad_norm)
     if not bool(usable.all()):
         flat = [torch.where(usable[:, None], g, 0.0) for g in flat]
     return [(factors @ g).reshape(original.shape[1:]) for g, original in zip(flat, gradients, strict=True)]

@@ -1,7 +1,9 @@
-"""How one owner learns: per-record gradients from Opacus, everything private from the mechanism."""
+"""How one owner learns: clipped sums of per-record gradients, everything private from the mechanism."""
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,17 +14,28 @@ import torch
 
 from tacit.federated.clipping import Arrays, clip_update, update_norm
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
+from tacit.federated.mixing import (
+    near,
+    refuse_mixing_layers,
+    refuse_mixing_loss,
+    refuse_mixing_records,
+    trial_records,
+)
 from tacit.federated.noise import Randomness
+from tacit.federated.per_record import PerRecordSum, RecordsUnclear, unsupported_layers
 from tacit.federated.task import Records, Task
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleModule
 
-__all__ = ["Arrays", "LocalTrainer", "read_arrays", "refuse_mixing_layers", "write_arrays"]
+__all__ = ["Arrays", "LocalTrainer", "read_arrays", "refuse_mixing_layers", "refuse_mixing_loss", "write_arrays"]
+
+# Coordinates that are noised at once: noise and its sum should stay in the processor's cache.
+_NOISE_BLOCK = 2**16
 
 
 class LocalTrainer:
-    """Takes an owner's local steps; one per process, because hooking a model takes longer than a step."""
+    """Takes an owner's local steps; one per process, because preparing a model takes longer than a step."""
 
     def __init__(
         self,
@@ -32,6 +45,7 @@ class LocalTrainer:
         *,
         learning_rate: float,
         batch_rate: float = 1.0,
+        weight_cap: int | None = None,
         chunk: int = 256,
     ) -> None:
         """Prepares a model.
@@ -42,19 +56,50 @@ class LocalTrainer:
             mechanism: sampler, clip and noise.
             learning_rate: of plain local SGD.
             batch_rate: probability with which a record joins a local step's batch where records are not the unit.
+            weight_cap: n_cap of a client's weight min(n, n_cap)/n_cap; every client weighs 1 when None.
             chunk: records whose gradients are held at once; a larger batch is taken in pieces, never cut.
 
         Raises:
-            PrivacyRefused: a layer mixes records.
+            PrivacyRefused: a layer, the model or the loss mixes records.
         """
         self._task, self._model, self._mechanism = task, model, mechanism
         self._learning_rate, self._chunk = learning_rate, chunk
-        self._batch_rate = batch_rate
+        self._batch_rate, self._weight_cap = batch_rate, weight_cap
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sum: PerRecordSum | None = None
         self._hooked: GradSampleModule | None = None
         if mechanism.private or mechanism.per_record:
             refuse_mixing_layers(model)
         if mechanism.per_record:
-            self._hooked = _hook(model)
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes ready for gradients by record: summed where the layers allow; one by one otherwise and for the grid."""
+        task, model, classes = self._task, self._model.train(), len(self._task.interface.labels)
+        refuse_mixing_loss(task.loss, classes)
+        inputs, labels = trial_records(task.interface.shape, classes)
+        refuse_mixing_records(model, inputs)
+        trials = [Records(inputs[[i]].numpy(), labels[[i]].numpy()) for i in range(len(inputs))]
+        wanted = [_flat(self._plain_gradients(trial)) for trial in trials]
+        if not (self._mechanism.hardened and self._mechanism.private) and not unsupported_layers(model):
+            adder = PerRecordSum(model, task.loss, chunk=self._chunk)
+            if _sums_agree(adder, inputs, labels, wanted):
+                self._sum = adder
+                return
+        self._hooked = _hook(model)
+        pieces = list(self._gradients(Records(inputs.numpy(), labels.numpy())))
+        found = [torch.cat([g.reshape(len(g), -1) for g in piece], dim=1) for piece in pieces]
+        if not near(torch.cat(found), torch.stack(wanted)):
+            raise PrivacyRefused(
+                "expected a gradient for each record, got others from layers that are used in an unusual way; "
+                "call layers instead of using their parameters, and leave the first dimension to the records"
+            )
+
+    def under(self, mechanism: Mechanism) -> LocalTrainer:
+        """The same trainer, with the same model, for an owner whose mechanism has a rate and noise of its own."""
+        other = copy.copy(self)
+        other._mechanism = mechanism
+        return other
 
     def update(self, arrays: Arrays, records: Records, randomness: Randomness) -> Arrays:
         """The model after this owner's steps: a function of noised gradients and public constants only.
@@ -67,10 +112,10 @@ class LocalTrainer:
         Returns:
             Arrays of the same names and shapes.
         """
-        update = self._walk(arrays, records, randomness)
+        after = self._walk(arrays, records, randomness)
         if self._mechanism.unit == "local":
-            return _moved(arrays, self._mechanism.release_locally(update, randomness))
-        return write_arrays(self._model)
+            return _moved(arrays, self._mechanism.release_locally(_change(arrays, after), randomness))
+        return after
 
     def _draw_batch(self, size: int, randomness: Randomness) -> npt.NDArray[np.int64]:
         if self._mechanism.unit in ("client", "local"):
@@ -91,28 +136,43 @@ class LocalTrainer:
         Returns:
             The model, and whether the update's norm was at most C before it was clipped.
         """
-        update = self._walk(arrays, records, randomness)
+        update = self._weighed(_change(arrays, self._walk(arrays, records, randomness)), len(records))
         changed = clip_update(update, clip_norm)
         return _moved(arrays, changed), update_norm(update) <= clip_norm
 
+    def _weighed(self, update: Arrays, size: int) -> Arrays:
+        """A client's weight is part of what is clipped, so a large client moves the sum by no more than C either."""
+        if self._weight_cap is None:
+            return update
+        weight = np.float32(min(size, self._weight_cap) / self._weight_cap)
+        return {name: array * weight for name, array in update.items()}
+
     def _walk(self, arrays: Arrays, records: Records, randomness: Randomness) -> Arrays:
-        """Takes the local steps; returns how far the model moved."""
+        """Takes the local steps; returns where the model is then."""
         read_arrays(self._model, arrays)
         self._model.train()
         self._forget()
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
-        per_record = self._mechanism.per_record
         for _ in range(self._mechanism.steps_per_round):
-            batch = records.take(self._draw_batch(len(records), randomness))
-            steps = self._private_step(batch, parameters, randomness) if per_record else self._plain_step(batch)
-            with torch.no_grad():
-                for parameter, step in zip(parameters, steps, strict=True):
-                    parameter.sub_(step, alpha=self._learning_rate)
-        after = write_arrays(self._model)
-        return {name: after[name] - arrays[name] for name in arrays}
+            self.step(records.take(self._draw_batch(len(records), randomness)), randomness)
+        return write_arrays(self._model)
+
+    def step(self, batch: Records, randomness: Randomness) -> None:
+        """Moves the model by one step on a batch; what it moves by is noised where records are the unit.
+
+        Args:
+            batch: drawn by the mechanism, for a guarantee; it may be empty.
+            randomness: secret for a guarantee.
+        """
+        private = self._mechanism.per_record
+        steps = self._private_gradients(batch, randomness) if private else self._plain_gradients(batch)
+        with torch.no_grad():
+            for parameter, step in zip(self._parameters, steps, strict=True):
+                parameter.sub_(step, alpha=self._learning_rate)
 
     def _forget(self) -> None:
-        """Drops what an owner whose step raised left in the hooks: Opacus would count it to the next owner's."""
+        """Drops what an owner whose step raised left in Opacus' hooks, which would count it to the next owner's."""
+        if self._hooked is None:
+            return
         for module in self._model.modules():
             for name in ("activations", "max_batch_len"):
                 vars(module).pop(name, None)
@@ -121,13 +181,16 @@ class LocalTrainer:
             vars(parameter).pop("_current_grad_sample", None)
             vars(parameter).update(grad_sample=None, _forward_counter=0)
 
-    def _private_step(
-        self, batch: Records, parameters: Sequence[torch.nn.Parameter], randomness: Randomness
-    ) -> list[torch.Tensor]:
-        shapes = [parameter.shape for parameter in parameters]
-        return self._mechanism.noisy_mean(self._gradients(batch, parameters), shapes, randomness)
+    def _private_gradients(self, batch: Records, randomness: Randomness) -> list[torch.Tensor]:
+        mechanism, adder = self._mechanism, self._sum
+        if adder is None:
+            shapes = [parameter.shape for parameter in self._parameters]
+            return mechanism.noisy_mean(self._gradients(batch), shapes, randomness)
+        total = adder(torch.from_numpy(batch.inputs), torch.from_numpy(batch.labels), mechanism.max_grad_norm)
+        # The noise of each coordinate is independent of the others', so that blocks are noised as the whole would be.
+        return adder.split(torch.cat(mechanism.noised(list(torch.split(total, _NOISE_BLOCK)), randomness)))
 
-    def _gradients(self, batch: Records, parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+    def _gradients(self, batch: Records) -> Iterator[list[torch.Tensor]]:
         """Per-record gradients of a batch, in pieces of at most `chunk` records: per parameter (records, *shape)."""
         model = self._hooked
         if model is None:
@@ -140,17 +203,36 @@ class LocalTrainer:
                 # Opacus hooks layers whose inputs, the records, need no gradient.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            yield [_per_record(parameter, len(logits)) for parameter in parameters]
-            for parameter in parameters:
+            yield [_per_record(parameter, len(logits)) for parameter in self._parameters]
+            for parameter in self._parameters:
                 parameter.grad = None
-                parameter.grad_sample = None  # type: ignore[attr-defined]  # as above
+                parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own
 
-    def _plain_step(self, batch: Records) -> list[torch.Tensor]:
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+    def _plain_gradients(self, batch: Records) -> list[torch.Tensor]:
         if len(batch) == 0:
-            return [torch.zeros_like(p) for p in parameters]
+            return [torch.zeros_like(p) for p in self._parameters]
         loss = self._task.loss(self._model(torch.from_numpy(batch.inputs)), torch.from_numpy(batch.labels))
-        return list(torch.autograd.grad(loss / len(batch), parameters))
+        return list(torch.autograd.grad(loss / len(batch), self._parameters, materialize_grads=True))
+
+
+def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _sums_agree(
+    adder: PerRecordSum, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[torch.Tensor]
+) -> bool:
+    """Whether unclipped sums, of one record and of all, are plain autograd's: not if a model goes around its layers."""
+    try:
+        alone = [adder(inputs[[i]], labels[[i]], math.inf) for i in range(len(inputs))]
+        together = adder(inputs, labels, math.inf)
+    except RecordsUnclear:
+        return False
+    return all(map(near, alone, wanted)) and near(together, torch.stack(list(wanted)).sum(0))
+
+
+def _change(before: Arrays, after: Arrays) -> Arrays:
+    return {name: after[name] - before[name] for name in before}
 
 
 def _moved(arrays: Arrays, change: Mapping[str, npt.NDArray[np.float64]]) -> Arrays:
@@ -161,41 +243,6 @@ def _per_record(parameter: torch.nn.Parameter, records: int) -> torch.Tensor:
     """What Opacus' hooks left at a parameter, (records, *shape); one that the model does not use has no gradient."""
     gradients: torch.Tensor | None = getattr(parameter, "grad_sample", None)
     return torch.zeros(records, *parameter.shape) if gradients is None else gradients
-
-
-def refuse_mixing_layers(model: torch.nn.Module) -> None:
-    """Refuses layers in which more than a record's own gradient depends on it, or on randomness that is not secret.
-
-    Batch statistics mix the records of a batch; a buffer may carry what it saw past clip and noise; dropout draws from
-    torch's global generator, whose default seed is a constant.
-
-    Raises:
-        PrivacyRefused: names the layers and what to use instead.
-
-    >>> refuse_mixing_layers(torch.nn.Linear(2, 2))
-    >>> refuse_mixing_layers(torch.nn.Sequential(torch.nn.Dropout()))
-    Traceback (most recent call last):
-        ...
-    tacit.federated.mechanism.PrivacyRefused: expected no dropout, got layer(s) 0; its randomness is not secret
-    """
-    mixing = [
-        name or "model"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or any(True for _ in module.buffers(recurse=False))
-    ]
-    if mixing:
-        raise PrivacyRefused(
-            f"expected a model whose records do not mix, got batch statistics or buffers in layer(s) "
-            f"{', '.join(mixing)}; "
-            'use GroupNorm (in a recipe: [model] norm = "group")'
-        )
-    seeded = [
-        n or "model"
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0.0
-    ]
-    if seeded:
-        raise PrivacyRefused(f"expected no dropout, got layer(s) {', '.join(seeded)}; its randomness is not secret")
 
 
 def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:
