@@ -98,7 +98,7 @@ def epsilon_pld(history: Mapping[Event, int], delta: float, *, discretisation: f
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, discretisation)
-    for event, count in history.items():
+    for event, count in _in_order(history):
         accountant.compose(_dp_event(event), count)
     return float(accountant.get_epsilon(delta))
 
@@ -124,7 +124,7 @@ def epsilon_rdp(history: Mapping[Event, int], delta: float, *, orders: Sequence[
     absl_logging.set_verbosity(absl_logging.FATAL)
     try:
         accountant = RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE)
-        for event, count in history.items():
+        for event, count in _in_order(history):
             accountant.compose(_dp_event(event), count)
         return float(accountant.get_epsilon(delta))
     finally:
@@ -272,6 +272,11 @@ def _calibrate(
     while not within(high, 1e-4):  # the finer grid reports less, never more; this only guards the rounding
         high *= 1.0005
     return high
+
+
+def _in_order(history: Mapping[Event, int]) -> list[tuple[Event, int]]:
+    # Rounding depends on the order, and a budget that is the ε of its own plan must be met in any.
+    return sorted(history.items(), key=lambda item: (item[0].sample_rate, item[0].noise_multiplier))
 
 
 def _dp_event(event: Event) -> object:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
-from tacit.federated.accounting import Event, Spend, merge, spend
-from tacit.federated.chain import GENESIS, ChainDamaged, Entry, parse_chain
+from tacit.federated.accounting import Event, Spend, spend
+from tacit.federated.chain import GENESIS, parse_chain
+from tacit.federated.tally import Account, tally
 
-__all__ = ["ADVERSARY", "Account", "cost", "find_ledgers", "has_head", "read_ledger", "spend_of", "tally"]
+__all__ = ["ADVERSARY", "Account", "find_ledgers", "has_head", "read_ledger", "spend_of"]
 
 _SERVER_TOO = "honest-but-curious server and everyone who receives models; app code trusted"
 # By unit; who is not in the sentence is not promised anything.
@@ -20,25 +20,11 @@ ADVERSARY = {
 }
 
 
-@dataclass
-class Account:
-    """What one owner's source has been charged."""
-
-    owner: str
-    source: str
-    history: dict[Event, int] = field(default_factory=dict)
-    reserved: int = 0
-    released: int = 0
-    failed: int = 0
-    reopened: int = 0
-    unit: str = "record"
-    relation: str = "add/remove"
-
-
 def find_ledgers(path: Path) -> list[Path]:
-    """The ledgers of a run directory, or the one that `path` is.
+    """The ledgers of a run directory or of a home, or the one that `path` is.
 
-    A run in one process has one for all owners; under Flower each owner has its own.
+    A run in one process has one for all owners; under Flower each owner has its own. A home has one for each owner's
+    source, in `ledgers/OWNER/SOURCE.jsonl`; the folder of one owner will do too.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as run:
@@ -48,7 +34,11 @@ def find_ledgers(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    return [p for p in (path / "ledger.jsonl", *sorted(path.glob("owners/*/ledger.jsonl"))) if p.is_file()]
+    places = ["owners/*/ledger.jsonl", "ledgers/*/*.jsonl"]
+    if "ledgers" in (path.name, path.parent.name):
+        places += ["*/*.jsonl", "*.jsonl"]
+    found = [path / "ledger.jsonl", *sorted({ledger for place in places for ledger in path.glob(place)})]
+    return [ledger for ledger in found if ledger.is_file()]
 
 
 def spend_of(accounts: Sequence[Account], delta: float, *, with_prv: bool = True) -> list[Spend]:
@@ -100,51 +90,3 @@ def has_head(path: Path, head: str) -> bool:
     """Whether a ledger's chain ever had this head; false for a file older than whoever remembers the head."""
     entries, _ = parse_chain(path.read_bytes(), path)
     return head == GENESIS or any(entry["hash"] == head for entry in entries)
-
-
-def tally(account: Account, entry: Entry) -> None:
-    """Adds an entry to its account.
-
-    Raises:
-        ChainDamaged: a kind of entry that there is not.
-
-    >>> account = Account("anna", "digits")
-    >>> tally(account, {"kind": "reserve", "mechanism": {"sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 2}})
-    >>> account.reserved, account.history
-    (1, {Event(sample_rate=0.1, noise_multiplier=1.0): 2})
-    """
-    kind = entry.get("kind")
-    if kind == "reserve":
-        account.reserved += 1
-        mechanism = entry.get("mechanism")
-        if isinstance(mechanism, Mapping):
-            account.unit = str(mechanism.get("unit", account.unit))
-            account.relation = str(mechanism.get("relation", account.relation))
-        account.history = merge([*account.history.items(), cost(entry)])
-    elif kind == "release":
-        account.released += 1
-    elif kind == "fail":
-        account.failed += 1
-    elif kind == "reopen":
-        account.reopened += 1
-    else:
-        raise ChainDamaged(f"expected reserve, release, fail or reopen, got kind={kind!r} in entry {entry['seq']}")
-
-
-def cost(entry: Entry) -> tuple[Event, int]:
-    """What a reserve charges: a kind of event, and how many of it.
-
-    Raises:
-        ChainDamaged: an entry without a mechanism.
-
-    >>> cost({"mechanism": {"sample_rate": 0.1, "noise_multiplier": 1.0, "steps": 2}})
-    (Event(sample_rate=0.1, noise_multiplier=1.0), 2)
-    """
-    mechanism = entry.get("mechanism")
-    if not isinstance(mechanism, Mapping):
-        raise ChainDamaged(f"expected a mechanism in a reserve, got {mechanism!r}")
-    event = Event(sample_rate=float(mechanism["sample_rate"]), noise_multiplier=float(mechanism["noise_multiplier"]))
-    steps = int(mechanism["steps"])
-    if steps < 1:
-        raise ChainDamaged(f"expected steps of at least 1 in a reserve, got steps={steps}")
-    return event, steps

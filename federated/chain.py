@@ -86,7 +86,8 @@ class Chain:
         """
         if not drafts:
             return []
-        at, head = datetime.now(UTC).isoformat(timespec="milliseconds"), self.head
+        # To the hour: finer times would tell how long a round took, and with it how much data or how many took part.
+        at, head = datetime.now(UTC).isoformat(timespec="hours"), self.head
         added: list[Entry] = []
         for sequence, draft in enumerate(drafts, len(self.entries)):
             body = {"seq": sequence, "at": at, **draft, "prev": head}
@@ -115,8 +116,10 @@ class Chain:
         return added
 
     def close(self) -> None:
-        """Gives the lock back."""
-        os.close(self._descriptor)
+        """Gives the lock back; a second time does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
 
     def _truncate(self) -> None:
         os.ftruncate(self._descriptor, self._bytes)

@@ -3,89 +3,63 @@
 Entries of a `Chain`, each with `kind`, `owner`, `source` and `key`. A `reserve` charges (`run`, `round`, `mechanism`).
 A `release` says what left (`payload`, a SHA-256), a `fail` that nothing will, a `reopen` that the process died in
 between, so that the same charge may be used again. Every reserve counts, released or not.
+
+The first reserve of an account says its `status` and fixes its `opening`, by which `stop_rule.py` decides what it may
+be charged. With private data each reserve carries their fingerprint, `data` (`fingerprint.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from tacit.devices.failpoint import reach
-from tacit.federated.accounting import Event, epsilon_pld, epsilon_rdp, merge
-from tacit.federated.accounts import Account, cost, tally
+from tacit.federated.accounting import Event, merge
 from tacit.federated.chain import GENESIS, Chain, Entry
 from tacit.federated.outbox import Outbox
+from tacit.federated.stop_rule import Opening, fits, open_account, plan_fits
+from tacit.federated.tally import Account, cost, opening_as_entry, tally
+from tacit.federated.turns import Granted, Refused, Replay, Reservation, Turn
 
-__all__ = ["Granted", "Ledger", "Refused", "Replay", "Reservation", "Turn"]
+__all__ = ["Granted", "Ledger", "Objection", "Refused", "Replay", "Reservation", "Status", "Turn"]
 
+Status = Literal["private", "public-benchmark"]
+Objection = Callable[[Reservation, Account], str | None]
+_Histories = dict[tuple[str, str], dict[Event, int]]
 _MOST_REOPENS = 2
+_NO_DATA: Mapping[str, str] = {}
+_LOG = logging.getLogger("tacit")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reservation:
-    """A request to read an owner's records once.
-
-    Attributes:
-        owner: whose records.
-        source: which of the owner's data sets.
-        run: the run that asks.
-        round: its round, from 1.
-        body: SHA-256 of the arrays and the configuration that were received.
-        mechanism: what will be done, as `Mechanism.describe` states it.
-    """
-
-    owner: str
-    source: str
-    run: str
-    round: int
-    body: str
-    mechanism: Mapping[str, str | float | int]
-
-    @property
-    def key(self) -> str:
-        """The identity of the release: asking twice for the same thing is asking once."""
-        text = json.dumps([self.owner, self.source, self.mechanism["unit"], self.run, self.round, self.body])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Granted:
-    """Go ahead: the charge is on disk."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The same was asked before: answer with the same bytes."""
-
-    key: str
-    payload: bytes
-
-
-@dataclass(frozen=True)
-class Refused:
-    """No, in one of three words that say nothing about the data."""
-
-    reason: Literal["unavailable", "exhausted", "refused"]
-
-
-Turn = Granted | Replay | Refused
+def _no_objection(request: Reservation, account: Account) -> None:
+    return None
 
 
 class Ledger:
     """An open ledger, held by one process until `close`.
 
-    *Guarantees*: a turn is granted only after its charge is on disk; the charges of an owner never exceed the budget;
-    for one key at most one payload leaves.
+    *Guarantees*: a turn is granted only after its charge is on disk; an account is charged only what `stop_rule.fits`
+    accepts; for one key at most one payload leaves. Within a run, and after a `new-cohort`, an account of private data
+    takes no charge for other data than it says.
+
+    Attributes:
+        accounts: by owner and source.
     """
 
-    def __init__(self, path: Path, outbox: Outbox, *, epsilon: float, delta: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        outbox: Outbox,
+        *,
+        epsilon: float,
+        delta: float,
+        status: Status = "public-benchmark",
+        data: Mapping[str, str] = _NO_DATA,
+        objection: Objection = _no_objection,
+    ) -> None:
         """Opens or makes the ledger at `path` and takes its lock.
 
         Args:
@@ -93,16 +67,21 @@ class Ledger:
             outbox: where payloads wait.
             epsilon: the budget of each owner's source.
             delta: the δ of the budget.
+            status: of the sources. Private ones are refused without a fingerprint, except at client level, where the
+                server that keeps the ledger holds no records.
+            data: fingerprints of the private data that owners hold now, by owner.
+            objection: why an owner's own policy refuses a new charge, or None; its words stay on this machine.
 
         Raises:
             ChainHeld: another process has it open.
             ChainDamaged: the chain does not hold.
         """
-        self.epsilon, self.delta = epsilon, delta
+        self.epsilon, self.delta, self.status = epsilon, delta, status
         self.accounts: dict[tuple[str, str], Account] = {}
+        self._data, self._objection = data, objection
         self._outbox = outbox
         self._chain = Chain(path)
-        self._affordable: dict[Event, int] = {}
+        self._plans: dict[str | None, Mapping[Event, int]] = {}  # by owner; None for everybody else
         self._open: dict[str, int] = {}  # key → how often reopened
         self._closed: dict[str, str | None] = {}  # key → the payload's SHA-256, or None after a fail
         self._owners: dict[str, Account] = {}
@@ -121,20 +100,51 @@ class Ledger:
         return self._chain.head
 
     @property
+    def entries(self) -> Sequence[Entry]:
+        """All entries, oldest first."""
+        return self._chain.entries
+
+    @property
     def repaired(self) -> str | None:
         """What was dropped on opening, or None."""
         return self._chain.repaired
 
-    def plan(self, event: Event, steps: int) -> None:
-        """Evaluates a planned total once, so that each round's check compares step counts only."""
-        if self._within({event: steps}):
-            self._affordable[event] = max(steps, self._affordable.get(event, 0))
+    def plan(self, history: Mapping[Event, int], owner: str | None = None) -> bool:
+        """Fixes what accounts that are opened from now on are planned to be charged in all.
+
+        To be called before the first reserve, with every kind of event of the run. It decides for accounts without
+        charges; one that has some keeps the plan it was opened with, and is held to the filter for everything else.
+
+        Args:
+            history: how often each kind of event is planned for one account.
+            owner: whose; None for all that have no plan of their own.
+
+        Returns:
+            Whether an account without charges can afford all of it. If not, there is no plan, and who asked refuses.
+        """
+        self._plans.pop(owner, None)
+        if not plan_fits(history, self.epsilon, self.delta):
+            return False
+        self._plans[owner] = dict(history)
+        return True
+
+    def short_of(self, history: Mapping[Event, int], run: str, owner: str | None = None) -> list[str]:
+        """Owners that will be exhausted before a run is over, or already are.
+
+        Args:
+            history: the run's whole plan.
+            run: its identity; what it was charged already is part of the plan.
+            owner: whose plan it is; None for all. An account without charges is short of nothing that `plan` accepted.
+        """
+        asked = [a for a in self.accounts.values() if a.reserved and owner in (None, a.owner)]
+        return [account.owner for account in asked if not self._affords(account, history, run)]
 
     def reserve(self, requests: Sequence[Reservation]) -> list[Turn]:
         """Charges a cohort with one write and one fsync; only then may records be read."""
-        drafts: list[Entry] = []
-        turns = [self._turn(request, drafts) for request in requests]
-        self._record(drafts)
+        drafts: dict[str, Entry] = {}
+        charged: _Histories = {}
+        turns = [self._turn(request, drafts, charged) for request in requests]
+        self._record(list(drafts.values()))
         self._granted.update(turn.key for turn in turns if isinstance(turn, Granted))
         return turns
 
@@ -144,17 +154,24 @@ class Ledger:
         Raises:
             ValueError: a key that this process was not granted, or that is already closed.
         """
-        for key in payloads:
-            if key not in self._granted or key not in self._open:
-                raise ValueError(f"expected a key granted in this process and still open, got {key}; reserve first")
+        self.expect_open(payloads)
         self._outbox.put(round_number, payloads)
         reach("ledger.after_outbox")
-        self._record(
-            [
-                {**self._entry("release", key), "payload": hashlib.sha256(payload).hexdigest()}
-                for key, payload in payloads.items()
-            ]
-        )
+        self.record_release({key: hashlib.sha256(payload).hexdigest() for key, payload in payloads.items()})
+
+    def expect_open(self, keys: Iterable[str]) -> None:
+        """Checks that something may leave for these keys.
+
+        Raises:
+            ValueError: a key that this process was not granted, or that is already closed.
+        """
+        for key in keys:
+            if key not in self._granted or key not in self._open:
+                raise ValueError(f"expected a key granted in this process and still open, got {key}; reserve first")
+
+    def record_release(self, digests: Mapping[str, str]) -> None:
+        """The second half of `release`, for whoever has put the payloads of many ledgers into one outbox."""
+        self._record([{**self._entry("release", key), "payload": digest} for key, digest in digests.items()])
 
     def fail(self, keys: Iterable[str]) -> None:
         """Records that nothing will leave for these keys of ours: they stay charged and are not tried again."""
@@ -172,84 +189,106 @@ class Ledger:
         """Gives the lock back."""
         self._chain.close()
 
-    def _turn(self, request: Reservation, drafts: list[Entry]) -> Turn:
+    def _turn(self, request: Reservation, drafts: dict[str, Entry], charged: _Histories) -> Turn:
+        """Decides on one request; what it adds goes to `drafts` by key, and to `charged` by account."""
         key = request.key
         if key in self._closed:
             digest = self._closed[key]
             payload = None if digest is None else self._outbox.get(key, digest)
             return Refused("unavailable") if payload is None else Replay(key, payload)
-        if any(other["key"] == key for other in drafts):
+        if key in drafts:
             return Refused("unavailable")
+        account = self._account(request.owner, request.source)
+        if not self._acceptable(request, account):
+            return Refused("refused")
         if key in self._open:
-            if dict(request.mechanism) != self._mechanisms[key]:
-                return Refused("refused")  # the charge was for something else
-            # Only a process that died leaves a reservation open, and nothing of it left: fresh noise, same charge.
-            if key in self._granted or self._open[key] >= _MOST_REOPENS:
-                return Refused("unavailable")
-            drafts.append(self._entry("reopen", key))
-            return Granted(key)
-        draft: Entry = {
+            return self._reopened(request, drafts)
+        objection = self._objection(request, account)
+        if objection is not None:
+            _LOG.warning("refused: %s", objection)
+            return Refused("refused")
+        name = (request.owner, request.source)
+        draft = self._draft(request, first=not account.reserved and name not in charged)
+        history = merge([*charged.get(name, account.history).items(), cost(draft)])
+        if not self._fits(account, history):
+            return Refused("exhausted")
+        drafts[key], charged[name] = draft, history
+        return Granted(key)
+
+    def _reopened(self, request: Reservation, drafts: dict[str, Entry]) -> Turn:
+        key = request.key
+        if dict(request.mechanism) != self._mechanisms[key]:
+            return Refused("refused")  # the charge was for something else
+        # Only a process that died leaves a reservation open, and nothing of it left: fresh noise, same charge.
+        if key in self._granted or self._open[key] >= _MOST_REOPENS:
+            return Refused("unavailable")
+        drafts[key] = self._entry("reopen", key)
+        return Granted(key)
+
+    def _draft(self, request: Reservation, *, first: bool) -> Entry:
+        draft: dict[str, object] = {
             "kind": "reserve",
             "owner": request.owner,
             "source": request.source,
-            "key": key,
+            "key": request.key,
             "run": request.run,
             "round": request.round,
             "mechanism": dict(request.mechanism),
         }
-        if not self._fits(draft, drafts):
-            return Refused("exhausted")
-        drafts.append(draft)
-        return Granted(key)
+        if request.owner in self._data:
+            draft["data"] = self._data[request.owner]
+        if first:
+            draft["status"] = self.status
+            opening = self._opening_of(request.owner)
+            if opening is not None:
+                draft["opening"] = opening_as_entry(opening)
+        return draft
 
-    def _fits(self, draft: Entry, earlier: Sequence[Entry]) -> bool:
-        """Whether the owner can afford `draft` on top of all its entries, open ones and this cohort's included."""
-        account = self._account(draft)
-        same_owner = [d for d in earlier if d["kind"] == "reserve" and self._account(d) is account]
-        costs = [cost(d) for d in (*same_owner, draft)]
-        history = merge([*account.history.items(), *costs])
-        event = costs[-1][0]
-        if len(history) == 1 and history[event] <= self._affordable.get(event, 0):
-            return True
-        fits = self._within(history)
-        if fits and len(history) == 1:
-            self._affordable[event] = history[event]
-        return fits
+    def _acceptable(self, request: Reservation, account: Account) -> bool:
+        """Whether the data are those that the account is about, and the unit one that adds up with its others."""
+        unit, data = request.mechanism["unit"], self._data.get(request.owner)
+        if data is None and unit != "client" and (self.status == "private" or account.retired):
+            return False
+        if data is not None and (data in account.retired or account.data.get(request.run, data) != data):
+            return False
+        return not account.reserved or (unit == "client") == (account.unit == "client")
 
-    def _within(self, history: Mapping[Event, int]) -> bool:
-        return _fits_budget(frozenset(history.items()), self.epsilon, self.delta)
+    def _fits(self, account: Account, history: Mapping[Event, int]) -> bool:
+        """Whether the owner can afford all its entries, open ones and this cohort's included."""
+        opening = account.opening if account.reserved else self._opening_of(account.owner)
+        return fits(history, opening, self.epsilon, self.delta)
+
+    def _opening_of(self, owner: str) -> Opening | None:
+        """How an account without charges is opened."""
+        plan = self._plans.get(owner, self._plans.get(None))
+        return None if plan is None else open_account(plan, self.epsilon, self.delta)
+
+    def _affords(self, account: Account, history: Mapping[Event, int], run: str) -> bool:
+        own = account.runs.get(run, {})
+        others = [(event, count - own.get(event, 0)) for event, count in account.history.items()]
+        return self._fits(account, merge([*others, *history.items()]))
 
     def _record(self, drafts: Sequence[Entry]) -> None:
         for entry in self._chain.append(drafts):
             self._apply(entry)
 
     def _apply(self, entry: Entry) -> None:
-        kind, key, account = entry["kind"], str(entry["key"]), self._account(entry)
+        account = self._account(str(entry["owner"]), str(entry["source"]))
         tally(account, entry)
+        kind, key = entry["kind"], str(entry.get("key"))
         if kind == "reserve":
             self._open[key] = 0
             self._owners[key] = account
             self._mechanisms[key] = entry["mechanism"]
         elif kind == "reopen":
             self._open[key] += 1
-        else:
+        elif kind in ("release", "fail"):
             self._open.pop(key, None)
             self._closed[key] = str(entry["payload"]) if kind == "release" else None
 
-    def _account(self, entry: Entry) -> Account:
-        owner, source = str(entry["owner"]), str(entry["source"])
+    def _account(self, owner: str, source: str) -> Account:
         return self.accounts.setdefault((owner, source), Account(owner, source))
 
     def _entry(self, kind: str, key: str) -> Entry:
         account = self._owners[key]
         return {"kind": kind, "owner": account.owner, "source": account.source, "key": key}
-
-
-@lru_cache(maxsize=256)
-def _fits_budget(history: frozenset[tuple[Event, int]], epsilon: float, delta: float) -> bool:
-    # Cached, because an owner in a process of its own opens its ledger for each message.
-    rdp = epsilon_rdp(dict(history), delta)
-    if rdp <= epsilon:
-        return True
-    # PLD holds for a plan fixed in advance; mechanisms chosen one after another are held to the RDP filter.
-    return len(history) == 1 and rdp <= 50.0 and epsilon_pld(dict(history), delta) <= epsilon

@@ -16,12 +16,12 @@ from tacit.federated import chain as module
 from tacit.federated.chain import GENESIS, Chain, ChainDamaged, ChainHeld, parse_chain
 
 GOLDEN = (
-    b'{"seq": 0, "at": "2026-01-02T03:04:05.678+00:00", "kind": "reserve", "owner": "J\xc3\xb6rg", "z": 1.1, '
+    b'{"seq": 0, "at": "2026-01-02T03+00:00", "kind": "reserve", "owner": "J\xc3\xb6rg", "z": 1.1, '
     b'"prev": "0000000000000000000000000000000000000000000000000000000000000000", '
-    b'"hash": "61978dace1e349b7afc0ae12aa22e3a6631222c939a6ebbb3469a10ee92cb976"}\n'
-    b'{"seq": 1, "at": "2026-01-02T03:04:05.678+00:00", "kind": "fail", '
-    b'"prev": "61978dace1e349b7afc0ae12aa22e3a6631222c939a6ebbb3469a10ee92cb976", '
-    b'"hash": "014614c07ccc0e557de839ab3bdc90b63edb482924337e9625ff769d47578096"}\n'
+    b'"hash": "029d6fc8a189618a6c92c7f629237d817bf40948097a3dbcfbd966934a5235bd"}\n'
+    b'{"seq": 1, "at": "2026-01-02T03+00:00", "kind": "fail", '
+    b'"prev": "029d6fc8a189618a6c92c7f629237d817bf40948097a3dbcfbd966934a5235bd", '
+    b'"hash": "925844cd57166fbe1c0526e792057d238a325986005726c437357537413f16b6"}\n'
 )
 
 
@@ -148,7 +148,11 @@ def test_a_second_opening_is_told_to_wait_and_closing_gives_the_lock_back(path):
     with pytest.raises(ChainHeld, match="in use"):
         Chain(path)
     chain.close()
-    Chain(path).close()
+    other = Chain(path)
+    chain.close()  # a second time: the number of its file may be another's by now
+    with pytest.raises(ChainHeld, match="in use"):
+        Chain(path)
+    other.close()
 
 
 def test_damage_found_on_opening_gives_the_lock_back(path):

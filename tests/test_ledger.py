@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tacit.federated import stop_rule
 from tacit.federated.accounting import Event, epsilon_pld, epsilon_rdp
 from tacit.federated.accounts import read_ledger
 from tacit.federated.chain import GENESIS, Chain, ChainDamaged, ChainHeld
@@ -16,6 +18,7 @@ from tacit.federated.outbox import Outbox
 
 STEPS = 4
 EVENT = Event(sample_rate=1.0, noise_multiplier=4.0)  # without sampling, accounting takes milliseconds
+OTHER = Event(sample_rate=1.0, noise_multiplier=2.0)
 MECHANISM = {
     "unit": "record",
     "relation": "add/remove",
@@ -185,25 +188,245 @@ def test_the_head_that_a_server_remembers_is_known_and_one_that_was_rolled_back_
     ledger.close()
 
 
-def test_two_mechanisms_in_turn_are_held_to_the_rdp_filter(tmp_path):
+def test_a_mechanism_that_was_not_planned_is_held_to_the_rdp_filter(tmp_path):
     """A later mechanism may be chosen by what an earlier one gave; PLD only holds for a plan fixed in advance."""
-    history = {EVENT: STEPS, Event(sample_rate=1.0, noise_multiplier=2.0): STEPS}
+    history = {EVENT: STEPS, OTHER: STEPS}
     pld, rdp = epsilon_pld(history, DELTA), epsilon_rdp(history, DELTA)
     assert pld + 0.01 < rdp
     for number, (budget, fits) in enumerate([(pld + 0.01, False), (rdp + 1e-9, True)]):
         ledger = open_ledger(tmp_path / str(number), budget)
+        assert ledger.plan({EVENT: STEPS})
         ledger.reserve([request(1)])
         assert isinstance(ledger.reserve([request(2, noise_multiplier=2.0)])[0], Granted) == fits
         ledger.close()
 
 
-def test_a_plan_evaluated_once_neither_adds_to_the_budget_nor_takes_from_it(tmp_path):
-    for name, planned in [("fits", 3), ("too long", 4)]:
-        ledger = open_ledger(tmp_path / name)
-        ledger.plan(EVENT, planned * STEPS)
-        turns = [ledger.reserve([request(n)])[0] for n in range(1, 6)]
+def test_a_planned_history_of_two_kinds_is_granted_whole_by_pld_and_in_any_order(tmp_path):
+    history = {EVENT: 2 * STEPS, OTHER: STEPS}
+    budget = epsilon_pld(history, DELTA) + 1e-9
+    for number, order in enumerate([(4.0, 4.0, 2.0), (2.0, 4.0, 4.0), (4.0, 2.0, 4.0)]):
+        ledger = open_ledger(tmp_path / str(number), budget)
+        assert ledger.plan(history)
+        turns = [ledger.reserve([request(n, noise_multiplier=z)])[0] for n, z in enumerate((*order, 2.0, 4.0))]
         assert [isinstance(turn, Granted) for turn in turns] == [True] * 3 + [False] * 2
         ledger.close()
+
+
+def test_a_plan_that_does_not_fit_is_none_and_says_so(tmp_path):
+    ledger = open_ledger(tmp_path)
+    assert not ledger.plan({EVENT: 3 * STEPS, OTHER: 1})
+    ledger.reserve([request(1)])
+    assert "opening" not in ledger.entries[0]
+    ledger.close()
+
+
+def test_the_plan_of_an_account_is_the_one_it_was_opened_with(tmp_path):
+    """A later run plans what it likes, also after having seen what the first one gave: the filter decides then."""
+    later = {EVENT: STEPS, OTHER: STEPS}
+    budget = epsilon_pld(later, DELTA) + 1e-9
+    ledger = open_ledger(tmp_path, budget)
+    assert ledger.plan({EVENT: STEPS})
+    ledger.reserve([request(1)])
+    ledger.close()
+    ledger = open_ledger(tmp_path, budget)
+    assert ledger.plan(later), "an account without charges could afford it"
+    assert ledger.short_of({OTHER: STEPS}, "another run") == ["ann"]
+    assert ledger.reserve([request(2, noise_multiplier=2.0)]) == [Refused("exhausted")]
+    opening = ledger.accounts["ann", "digits"].opening
+    assert (opening.plan, opening.epsilon, opening.delta) == ({EVENT: STEPS}, budget, DELTA)
+    ledger.close()
+
+
+def test_only_the_first_reserve_of_an_account_says_how_it_was_opened(tmp_path):
+    ledger = open_ledger(tmp_path)
+    ledger.plan({EVENT: 3 * STEPS})
+    ledger.reserve([request(1), request(2), request(1, owner="bob")])
+    ledger.reserve([request(3)])
+    assert [("opening" in entry, "status" in entry) for entry in ledger.entries] == [
+        (True, True),
+        (False, False),
+        (True, True),
+        (False, False),
+    ]
+    assert ledger.entries[0]["status"] == "public-benchmark"
+    assert ledger.entries[0]["opening"]["plan"] == [[1.0, 4.0, 3 * STEPS]]
+    ledger.close()
+
+
+def test_what_a_run_was_charged_already_is_part_of_its_plan_when_asked_who_is_short(ledger):
+    plan = {EVENT: 3 * STEPS}
+    ledger.plan(plan)
+    ledger.reserve([request(1), request(2)])
+    assert ledger.short_of(plan, "run") == []
+    assert ledger.short_of(plan, "another") == ["ann"]
+    assert (ledger.short_of(plan, "another", "ann"), ledger.short_of(plan, "another", "bob")) == (["ann"], [])
+
+
+def test_charges_at_client_level_and_others_do_not_add_up_in_one_account(ledger):
+    ledger.reserve([request(1)])
+    assert ledger.reserve([request(2, unit="client")]) == [Refused("refused")]
+
+
+LOCAL, RECORD, SIZED = ("local", "replace-one"), ("record", "add/remove"), ("record", "zero-out")
+
+
+@pytest.mark.parametrize(
+    ("charged", "claimed"),
+    [
+        ([LOCAL], LOCAL),
+        ([RECORD, LOCAL], RECORD),
+        ([LOCAL, RECORD, LOCAL], RECORD),
+        ([RECORD, SIZED, RECORD], SIZED),
+        ([SIZED, LOCAL], SIZED),
+    ],
+)
+def test_an_account_with_charges_at_two_levels_claims_the_weaker_one(tmp_path, charged, claimed):
+    ledger = open_ledger(tmp_path, 50.0)
+    for number, (unit, relation) in enumerate(charged):
+        assert isinstance(ledger.reserve([request(number, unit=unit, relation=relation)])[0], Granted)
+    account = ledger.accounts["ann", "digits"]
+    assert (account.unit, account.relation) == claimed
+    ledger.close()
+
+
+def test_an_owner_may_have_a_plan_of_its_own(tmp_path):
+    ledger = open_ledger(tmp_path, epsilon_pld({OTHER: 2 * STEPS}, DELTA) + 1e-9)
+    assert ledger.plan({EVENT: STEPS})
+    assert ledger.plan({OTHER: 2 * STEPS}, "bob")
+    assert not ledger.plan({OTHER: 3 * STEPS}, "eve")
+    ledger.reserve([request(1), request(1, owner="bob", noise_multiplier=2.0), request(1, owner="eve")])
+    plans = {owner: account.opening.plan for (owner, _), account in ledger.accounts.items()}
+    assert plans == {"ann": {EVENT: STEPS}, "bob": {OTHER: 2 * STEPS}, "eve": {EVENT: STEPS}}
+    ledger.close()
+
+
+# Data and policies of owners.
+
+
+def open_private(folder, data, **more):
+    return Ledger(
+        folder / "ledger.jsonl",
+        Outbox(folder / "outbox"),
+        epsilon=THREE_ROUNDS,
+        delta=DELTA,
+        status="private",
+        data=data,
+        **more,
+    )
+
+
+def test_private_data_are_refused_without_a_fingerprint_and_charged_with_one(tmp_path):
+    ledger = open_private(tmp_path, {"ann": "a" * 64})
+    granted, refused, server = ledger.reserve(
+        [request(1), request(1, owner="bob"), request(1, owner="server", unit="client")]
+    )
+    assert isinstance(granted, Granted)
+    assert refused == Refused("refused")
+    assert isinstance(server, Granted), "the server that keeps this ledger has no records"
+    assert [entry.get("data") for entry in ledger.entries] == ["a" * 64, None]
+    ledger.close()
+
+
+def test_data_that_changed_within_a_run_are_refused_and_between_runs_inherit_what_was_spent(tmp_path):
+    ledger = open_private(tmp_path, {"ann": "a" * 64})
+    ledger.reserve([request(1), request(2)])
+    ledger.close()
+    ledger = open_private(tmp_path, {"ann": "b" * 64})
+    assert ledger.reserve([request(3)]) == [Refused("refused")]
+    assert ledger.reserve([request(2)]) == [Refused("refused")], "nor is what was open taken up"
+    later = [replace(request(n), run="later") for n in (1, 2)]
+    assert [type(turn) for turn in ledger.reserve(later)] == [Granted, Refused], "two of three rounds were spent"
+    assert ledger.accounts["ann", "digits"].history == {EVENT: 3 * STEPS}
+    ledger.close()
+
+
+def test_after_a_new_cohort_other_data_begin_from_nothing_and_charged_ones_are_refused_for_ever(tmp_path):
+    ledger = open_private(tmp_path, {"ann": "a" * 64})
+    ledger.reserve([request(n) for n in (1, 2, 3)])
+    ledger.close()
+    chain = Chain(tmp_path / "ledger.jsonl")
+    chain.append([{"kind": "new-cohort", "owner": "ann", "source": "digits", "reason": "other patients"}])
+    chain.close()
+    for data, run, count in [("a", "second", 0), ("a", "run", 0), ("b", "run", 0), ("b", "third", 3)]:
+        ledger = open_private(tmp_path, {"ann": data * 64})
+        turns = ledger.reserve([replace(request(n, body=run), run=run) for n in (1, 2, 3, 4)])
+        assert sum(isinstance(turn, Granted) for turn in turns) == count, (data, run)
+        ledger.close()
+    (account,), _, _ = read_ledger(tmp_path / "ledger.jsonl")
+    assert (account.history, account.reserved) == ({EVENT: 3 * STEPS}, 3)
+    assert [(cohort.reason, cohort.history) for cohort in account.cohorts] == [("other patients", {EVENT: 3 * STEPS})]
+
+
+def test_an_owners_objection_refuses_what_is_new_and_not_what_it_answered_before(tmp_path, caplog):
+    said = []
+
+    def objection(request, account):
+        said.append(account.reserved)
+        return "expected less" if account.reserved >= 1 else None
+
+    ledger = open_private(tmp_path, {"ann": "a" * 64}, objection=objection)
+    key = ledger.reserve([request(1)])[0].key
+    ledger.release(1, {key: b"noised"})
+    assert ledger.reserve([request(1)]) == [Replay(key, b"noised")]
+    assert ledger.reserve([request(2)]) == [Refused("refused")]
+    assert said == [0, 1]
+    assert "expected less" in caplog.text
+    ledger.close()
+
+
+def test_a_cohort_of_two_thousand_owners_is_one_write_and_one_fsync(tmp_path, monkeypatch):
+    ledger = open_ledger(tmp_path)
+    ledger.plan({EVENT: 3 * STEPS})
+    calls = []
+    real_write, real_fsync = os.write, os.fsync
+    monkeypatch.setattr(os, "write", lambda d, data: (calls.append("write"), real_write(d, data))[1])
+    monkeypatch.setattr(os, "fsync", lambda d: (calls.append("fsync"), real_fsync(d))[1])
+    turns = ledger.reserve([request(1, owner=f"owner-{n:04d}") for n in range(2000)])
+    assert all(isinstance(turn, Granted) for turn in turns)
+    assert calls == ["write", "fsync"]
+    ledger.close()
+
+
+def test_a_check_within_the_plan_computes_no_epsilon(ledger, monkeypatch):
+    assert ledger.plan({EVENT: 3 * STEPS})
+    ledger.reserve([request(1)])
+
+    def none(*_, **__):
+        raise AssertionError("expected counts to be compared")
+
+    monkeypatch.setattr(stop_rule, "epsilon_rdp", none)
+    monkeypatch.setattr(stop_rule, "reported_epsilon", none)
+    assert all(isinstance(turn, Granted) for turn in ledger.reserve([request(2), request(3), request(1, owner="bob")]))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"kind": "reserve", "mechanism": {"sample_rate": 1.0, "steps": 1}},
+        {"kind": "reserve", "mechanism": {"sample_rate": 2.0, "noise_multiplier": 1.0, "steps": 1}},
+        {"kind": "reserve", "mechanism": {**MECHANISM, "steps": 1}, "opening": {"plan": 3}},
+        {"kind": "new-cohort"},
+        {"kind": "extract", "history": [[1.0, 2.0]]},
+    ],
+)
+def test_an_entry_that_chains_but_lacks_what_its_kind_needs_is_damage(tmp_path, broken):
+    chain = Chain(tmp_path / "ledger.jsonl")
+    chain.append([{"owner": "ann", "source": "digits", "key": "k", **broken}])
+    chain.close()
+    for read in (open_ledger, lambda folder: read_ledger(folder / "ledger.jsonl")):
+        with pytest.raises(ChainDamaged, match=r"entry 0|steps|mechanism"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("planned", [2, 3])
+def test_a_plan_neither_adds_to_the_budget_nor_takes_from_it_while_it_lasts(tmp_path, planned):
+    ledger = open_ledger(tmp_path)
+    assert ledger.plan({EVENT: planned * STEPS})
+    turns = [ledger.reserve([request(n)])[0] for n in range(1, 6)]
+    granted = sum(isinstance(turn, Granted) for turn in turns)
+    assert granted >= planned
+    assert epsilon_pld({EVENT: granted * STEPS}, DELTA) <= THREE_ROUNDS
+    ledger.close()
 
 
 # JAX, which another test of the session may have loaded, warns at a fork; the child only draws numbers.
