@@ -12,23 +12,29 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from tacit.federated.evaluation import Evaluations
 from tacit.federated.train import Arrays
 
-__all__ = ["FederatedAveraging", "ServerOptimizer", "from_record", "mean", "momentum_step", "to_record"]
+__all__ = ["FederatedAveraging", "ServerOptimizer", "ask", "from_record", "mean", "momentum_step", "to_record"]
 
 
-def mean(updates: Sequence[Arrays]) -> Arrays:
-    """The unweighted mean, summed in the order given so that the same replies give the same bytes.
+def mean(updates: Sequence[Arrays], weights: Sequence[float] | None = None) -> Arrays:
+    """The mean, summed in the order given so that the same replies give the same bytes.
+
+    Args:
+        updates: one for each reply.
+        weights: public constants, one for each; uniform when None.
 
     >>> mean([{"w": np.float32([1.0])}, {"w": np.float32([3.0])}])["w"].tolist()
     [2.0]
     """
-    total = {name: array.astype(np.float64) for name, array in updates[0].items()}
-    for update in updates[1:]:
+    shares = [1.0] * len(updates) if weights is None else weights
+    total = {name: np.zeros(array.shape) for name, array in updates[0].items()}
+    for share, update in zip(shares, updates, strict=True):
         for name in total:
-            total[name] += update[name]
+            total[name] += share * update[name].astype(np.float64)
     # asarray: NumPy's arithmetic turns arrays of no dimension into scalars, which Flower does not send.
-    return {name: np.asarray(array / len(updates), dtype=np.float32) for name, array in total.items()}
+    return {name: np.asarray(array / sum(shares), dtype=np.float32) for name, array in total.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +89,15 @@ class FederatedAveraging(Strategy):
         rounds: planned, for the schedule.
         optimizer: what the server does with the mean.
         velocity: its momentum, part of a checkpoint.
+        weights: public weight of each owner, by index; uniform when None.
+        evaluations: when to ask the owners how often the model is right; never when None.
     """
 
     rounds: int
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     velocity: Arrays | None = None
+    evaluations: Evaluations | None = None
+    weights: Mapping[int, float] | None = None
     _weights: Arrays | None = None
 
     def configure_train(
@@ -96,8 +106,7 @@ class FederatedAveraging(Strategy):
         """One message for each node, all carrying the same record."""
         self._weights = from_record(arrays)
         config = ConfigRecord({**config, "server-round": server_round})
-        content = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content, node_id, MessageType.TRAIN) for node_id in sorted(grid.get_node_ids())]
+        return ask(sorted(grid.get_node_ids()), MessageType.TRAIN, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -106,7 +115,8 @@ class FederatedAveraging(Strategy):
         contents = sorted((reply.content for reply in replies if reply.has_content()), key=_owner_index)
         if not contents or self._weights is None:
             return None, None
-        averaged = mean([from_record(content.array_records["arrays"]) for content in contents])
+        shares = None if self.weights is None else [self.weights[_owner_index(content)] for content in contents]
+        averaged = mean([from_record(content.array_records["arrays"]) for content in contents], shares)
         weights, self.velocity = momentum_step(
             self._weights,
             averaged,
@@ -127,15 +137,26 @@ class FederatedAveraging(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """None: figures from an owner's records would have to be charged."""
-        return []
+        """One message for each node in a round whose evaluation was planned; each owner charges it."""
+        if self.evaluations is None or not self.evaluations.due(server_round):
+            return []
+        config = ConfigRecord({**config, "server-round": server_round})
+        return ask(sorted(grid.get_node_ids()), MessageType.EVALUATE, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """None, as above."""
-        return None
+        """What the owners' noised counts come to; None when nobody was asked or nobody answered."""
+        if self.evaluations is None:
+            return None
+        return self.evaluations.of_owners(reply.content for reply in replies if reply.has_content())
 
     def summary(self) -> None:
         """Nothing to log: the recipe says it all."""
+
+
+def ask(nodes: Iterable[int], message_type: str, arrays: ArrayRecord, config: ConfigRecord) -> list[Message]:
+    """The same question for each node, in their order."""
+    content = RecordDict({"arrays": arrays, "config": config})
+    return [Message(content, node, message_type) for node in nodes]
 
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: reserve, train, release, reply."""
+"""The Flower ClientApp: reserve, train or evaluate, release, reply."""
 
 from __future__ import annotations
 
@@ -6,187 +6,167 @@ import contextlib
 import hashlib
 import json
 import logging
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from safetensors.numpy import load, save
 
 from tacit.devices.failpoint import reach
 from tacit.federated.averaging import from_record, to_record
-from tacit.federated.ledger import Granted, Ledger, Refused, Replay, Reservation, Turn
+from tacit.federated.evaluation import Evaluator, reply_metrics
 from tacit.federated.mechanism import Mechanism
-from tacit.federated.noise import Randomness
-from tacit.federated.task import Records
-from tacit.federated.train import Arrays, LocalTrainer
+from tacit.federated.owner import Gate, Owner, note_error, under_charge
+from tacit.federated.train import Arrays
+from tacit.federated.turns import Book, Granted, Refused, Reservation, Turn
 
-__all__ = ["REFUSAL", "CohortGate", "Gate", "Owner", "OwnerGate", "make_client_app", "reservation"]
+__all__ = ["REFUSAL", "CohortGate", "Gate", "Owner", "OwnerGate", "describe_channels", "make_client_app", "reservation"]
 
 _LOG = logging.getLogger("tacit")
 REFUSAL = 4  # the error code of a reply whose reason is one of three constants
 
 
-class Gate(Protocol):
-    """What stands between a message and an owner's records."""
-
-    def reserve(self, request: Reservation) -> Turn:
-        """Charges, or says why not."""
-        ...
-
-    def release(self, request: Reservation, payload: bytes) -> None:
-        """Makes the payload ready to leave."""
-        ...
-
-    def fail(self, request: Reservation) -> None:
-        """Says that nothing will leave."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Owner:
-    """One owner's side of a run.
-
-    Attributes:
-        name: whose records.
-        index: position among the owners, for a fixed order of summation; public.
-        source: which data set.
-        mechanism: what is done to a record.
-        trainer: does it.
-        records: reads the records; called only after the charge.
-        randomness: makes the generator for a round; secret when private.
-        gate: the ledger, or None without a guarantee.
-        log: where this owner's errors go, on its own disk.
-    """
-
-    name: str
-    index: int
-    source: str
-    mechanism: Mechanism
-    trainer: LocalTrainer
-    records: Callable[[], Records]
-    randomness: Callable[[int], Randomness]
-    gate: Gate | None
-    log: Path
-
-
 def make_client_app(find_owner: Callable[[Context], Owner]) -> ClientApp:
-    """A ClientApp that trains on the records of the owner that a context names."""
+    """A ClientApp that trains and evaluates on the records of the owner that a context names."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        try:
-            owner = find_owner(context)
-        except Exception as error:  # noqa: BLE001  # whose records is not known, so they are treated as private
-            _LOG.error("no owner for this node: %s", type(error).__name__)
-            return Message(Error(REFUSAL, "refused"), reply_to=message)
-        if owner.mechanism.unit == "client":
-            return _train_for_cohort(message, owner)
-        if owner.gate is not None:
-            return _train_privately(message, owner, owner.gate)
-        if owner.mechanism.private:  # without a ledger nothing would be charged
-            return Message(Error(REFUSAL, "refused"), reply_to=message)
-        return _train(message, owner)
+        owner = _find(find_owner, context)
+        return _refusal(message, "refused") if owner is None else _train(message, owner)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        owner = _find(find_owner, context)
+        if owner is None or owner.evaluation is None:  # what was not planned is not read
+            return _refusal(message, "refused")
+        return _evaluate(message, owner, owner.evaluation)
 
     return app
 
 
-def reservation(message: Message, owner: Owner) -> Reservation:
-    """The request that a training message amounts to."""
+def reservation(message: Message, owner: Owner) -> Reservation | None:
+    """The request that a message amounts to, or None for an evaluation that nobody planned."""
+    mechanism = _mechanism(message, owner)
+    if mechanism is None:
+        return None
     config = message.content.config_records["config"]
     return Reservation(
         owner=owner.name,
         source=owner.source,
         run=str(config["run"]),
-        round=_round(config),
-        body=_body_digest(message.content.array_records["arrays"], config),
-        mechanism=owner.mechanism.describe(),
+        round=_round(message),
+        body=_body_digest(message),
+        mechanism=mechanism.describe(),
     )
 
 
-def _train(message: Message, owner: Owner) -> Message:
-    arrays = from_record(message.content.array_records["arrays"])
-    randomness = owner.randomness(_round(message.content.config_records["config"]))
-    return _reply(message, owner, owner.trainer.update(arrays, owner.records(), randomness))
+def _mechanism(message: Message, owner: Owner) -> Mechanism | None:
+    if not _is_evaluation(message):
+        return owner.mechanism
+    return None if owner.evaluation is None else owner.evaluation.mechanism
 
 
-def _train_for_cohort(message: Message, owner: Owner) -> Message:
-    """A member of a cohort: clipped here, noised and charged at the server, which is trusted at client level."""
+def _find(find_owner: Callable[[Context], Owner], context: Context) -> Owner | None:
     try:
-        config = message.content.config_records["config"]
-        arrays = from_record(message.content.array_records["arrays"])
-        clip_norm = config["clip_norm"]
-        if not isinstance(clip_norm, float):
-            raise TypeError(f"expected clip_norm as a float, got {clip_norm!r}")
-        after, unclipped = owner.trainer.client_update(
-            arrays, owner.records(), owner.randomness(_round(config)), clip_norm=clip_norm
-        )
+        return find_owner(context)
+    except Exception as error:  # noqa: BLE001  # whose records is not known, so they are treated as private
+        _LOG.error("no owner for this node: %s", type(error).__name__)
+        return None
+
+
+def _train(message: Message, owner: Owner) -> Message:
+    if owner.mechanism.unit == "client":
+        return _within_cohort(message, owner, lambda: _clipped_update(message, owner))
+
+    def compute() -> Arrays:
+        return owner.trainer.update(_arrays(message), owner.records(), owner.randomness(_round(message)))
+
+    def reply(after: Arrays) -> Message:
+        # num-examples is a constant: an owner's size must not leave, and Flower's own strategies ask for the key.
+        return _reply(message, after, MetricRecord({"num-examples": 1, "owner": owner.index}))
+
+    return _from_owner(message, owner, compute, reply)
+
+
+def _evaluate(message: Message, owner: Owner, evaluation: Evaluator) -> Message:
+    def compute() -> Arrays:
+        # Where randomness has a seed, the round's own stream is the training's.
+        return evaluation.release(_arrays(message), owner.records(), owner.randomness(-_round(message)))
+
+    def reply(counts: Arrays) -> Message:
+        return Message(RecordDict({"metrics": reply_metrics(owner.index, counts)}), reply_to=message)
+
+    if owner.mechanism.unit == "client":
+        return _within_cohort(message, owner, lambda: reply(compute()))
+    return _from_owner(message, owner, compute, reply)
+
+
+def _from_owner(
+    message: Message, owner: Owner, compute: Callable[[], Arrays], reply: Callable[[Arrays], Message]
+) -> Message:
+    """No text of ours or of an exception may leave but three constants: Flower would send the exception's own."""
+    if owner.gate is None:
+        # Without a ledger nothing would be charged.
+        return _refusal(message, "refused") if owner.mechanism.private else reply(compute())
+    try:
+        request = reservation(message, owner)
+        outcome = Refused("refused") if request is None else under_charge(owner.gate, request, compute)
+        return _refusal(message, outcome.reason) if isinstance(outcome, Refused) else reply(outcome)
+    except Exception:  # noqa: BLE001  # whatever happened, its text stays on the owner's disk
+        note_error(owner.log)
+        return _refusal(message, "unavailable")
+
+
+def _within_cohort(message: Message, owner: Owner, answer: Callable[[], Message]) -> Message:
+    """A member of a cohort: noised and charged at the server, which is trusted at client level."""
+    try:
+        return answer()
     except Exception:  # noqa: BLE001  # a client's trouble is its own: it contributes zero
-        _note(owner.log)
-        return Message(Error(REFUSAL, "unavailable"), reply_to=message)
+        note_error(owner.log)
+        return _refusal(message, "unavailable")
+
+
+def _clipped_update(message: Message, owner: Owner) -> Message:
+    clip_norm = message.content.config_records["config"]["clip_norm"]
+    if not isinstance(clip_norm, float):
+        raise TypeError(f"expected clip_norm as a float, got {clip_norm!r}")
+    after, unclipped = owner.trainer.client_update(
+        _arrays(message), owner.records(), owner.randomness(_round(message)), clip_norm=clip_norm
+    )
     metrics = MetricRecord({"num-examples": 1, "owner": owner.index, "unclipped": int(unclipped)})
-    ordered = {name: after[name] for name in _order(message)}
+    return _reply(message, after, metrics)
+
+
+def _reply(message: Message, arrays: Arrays, metrics: MetricRecord) -> Message:
+    ordered = {name: arrays[name] for name in message.content.array_records["arrays"]}
     return Message(RecordDict({"arrays": to_record(ordered), "metrics": metrics}), reply_to=message)
 
 
-def _train_privately(message: Message, owner: Owner, gate: Gate) -> Message:
-    """No text of ours or of an exception may leave but three constants: Flower would send the exception's own."""
-    try:
-        request = reservation(message, owner)
-        turn = gate.reserve(request)
-        if isinstance(turn, Refused):
-            return Message(Error(REFUSAL, turn.reason), reply_to=message)
-        if isinstance(turn, Replay):
-            return _reply(message, owner, load(turn.payload))
-        payload = _compute(message, owner, request, gate)
-        return _reply(message, owner, load(payload))
-    except Exception:  # noqa: BLE001  # whatever happened, its text stays on the owner's disk
-        _note(owner.log)
-        return Message(Error(REFUSAL, "unavailable"), reply_to=message)
+def _refusal(message: Message, reason: str) -> Message:
+    return Message(Error(REFUSAL, reason), reply_to=message)
 
 
-def _compute(message: Message, owner: Owner, request: Reservation, gate: Gate) -> bytes:
-    try:
-        reach("client.before_records")
-        arrays = from_record(message.content.array_records["arrays"])
-        update = owner.trainer.update(arrays, owner.records(), owner.randomness(request.round))
-        if not all(np.isfinite(array).all() for array in update.values()):
-            raise ValueError("expected a finite update, got NaN or infinity; lower the learning rate")
-        payload = save(dict(update))
-    except Exception:
-        # Charged and not tried again: retrying until it works would condition what leaves on the data.
-        gate.fail(request)
-        raise
-    reach("client.after_training")
-    gate.release(request, payload)
-    return payload
+def _arrays(message: Message) -> Arrays:
+    return from_record(message.content.array_records["arrays"])
 
 
-def _reply(message: Message, owner: Owner, arrays: Arrays) -> Message:
-    # num-examples is a constant: an owner's size must not leave, and Flower's own strategies ask for the key.
-    metrics = MetricRecord({"num-examples": 1, "owner": owner.index})
-    content = RecordDict({"arrays": to_record({n: arrays[n] for n in _order(message)}), "metrics": metrics})
-    return Message(content, reply_to=message)
+def _is_evaluation(message: Message) -> bool:
+    return message.metadata.message_type.partition(".")[0] == MessageType.EVALUATE
 
 
-def _order(message: Message) -> list[str]:
-    return list(message.content.array_records["arrays"])
-
-
-def _round(config: ConfigRecord) -> int:
-    value = config["server-round"]
+def _round(message: Message) -> int:
+    value = message.content.config_records["config"]["server-round"]
     if not isinstance(value, int):
         raise ValueError(f"expected server-round as an integer, got {value!r}")
     return value
 
 
-def _body_digest(arrays: ArrayRecord, config: ConfigRecord) -> str:
-    digest = hashlib.sha256()
+def _body_digest(message: Message) -> str:
+    """SHA-256 of what was received; training and evaluation of the same arrays are different questions."""
+    config: ConfigRecord = message.content.config_records["config"]
+    arrays: ArrayRecord = message.content.array_records["arrays"]
+    digest = hashlib.sha256(b"evaluate\n" if _is_evaluation(message) else b"")
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {tuple(array.shape)} {len(array.data)}\n".encode())
         digest.update(array.data)
@@ -194,19 +174,12 @@ def _body_digest(arrays: ArrayRecord, config: ConfigRecord) -> str:
     return digest.hexdigest()
 
 
-def _note(log: Path) -> None:
-    with contextlib.suppress(OSError):  # a full disk: even that must not raise, or Flower would send its text
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc() + "\n")
-
-
 @dataclass
 class OwnerGate:
     """One owner in a process of its own: its ledger is held from the charge until the payload may leave."""
 
-    open_ledger: Callable[[], Ledger]
-    _ledger: Ledger | None = None
+    open_ledger: Callable[[], Book]
+    _ledger: Book | None = None
 
     def reserve(self, request: Reservation) -> Turn:
         """Charges with one fsync."""
@@ -233,7 +206,7 @@ class OwnerGate:
             ledger.fail([request.key])
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[Ledger]:
+    def _held(self) -> Iterator[Book]:
         """The ledger, given back even when it cannot be written: kept, it would lock this owner out."""
         ledger, self._ledger = self._ledger, None
         if ledger is None:
@@ -251,7 +224,7 @@ class CohortGate:
     A `Transaction` of the grid and the `Gate` of its clients. Nothing leaves the process before `commit`.
     """
 
-    ledger: Ledger
+    ledger: Book
     find_owner: Callable[[Context], Owner]
     _turns: dict[str, Turn] = field(default_factory=dict)
     _payloads: dict[str, bytes] = field(default_factory=dict)
@@ -260,7 +233,11 @@ class CohortGate:
 
     def begin(self, work: Iterable[tuple[Message, Context]]) -> None:
         """Reserves for every client of the cohort."""
-        requests = [reservation(message, self.find_owner(context)) for message, context in work]
+        asked = (reservation(message, self.find_owner(context)) for message, context in work)
+        self.begin_requests([request for request in asked if request is not None])
+
+    def begin_requests(self, requests: Sequence[Reservation]) -> None:
+        """Reserves for what has not come as messages."""
         turns = self.ledger.reserve(requests)
         self._turns = {}
         for request, turn in zip(requests, turns, strict=True):
@@ -290,13 +267,31 @@ class CohortGate:
         reach("cohort.after_commit")
 
 
-def describe_channels(unit: str) -> Mapping[str, str]:
-    """Everything that leaves an owner, and how it is protected."""
-    fixed = {"num-examples": "the constant 1", "owner index": "public", "errors": "3 constants"}
+def describe_channels(unit: str, *, evaluated: bool = False) -> Mapping[str, str]:
+    """Everything that leaves an owner, and how it is protected.
+
+    Args:
+        unit: whose contribution is hidden.
+        evaluated: whether owners are asked how often the model is right.
+
+    >>> sorted(set(describe_channels("record", evaluated=True)) - set(describe_channels("record")))
+    ['evaluation counts']
+    """
+    fixed = {
+        "num-examples": "the constant 1",
+        "owner index": "public",
+        "errors": "3 constants",
+        "reply time": "not protected: how long the work took shows",
+    }
     if unit == "client":
+        how = "clipped; noised by the server within its ledger"
+        counts = {"evaluation counts": f"shares of a second cohort, {how}"} if evaluated else {}
         return {
-            "model arrays": "clipped; noised by the server within its ledger",
+            "model arrays": how,
+            **counts,
             "unclipped bit": "to the server only; enters the noised sum where the clip is learned",
             **fixed,
+            "owners' error logs": "a folder of the server's own (train/private), in no report, bundle or JSON",
         }
-    return {"model arrays": "as computed" if unit == "none" else "noised within the ledger", **fixed}
+    how = "as computed" if unit == "none" else "noised within the ledger"
+    return {"model arrays": how, **({"evaluation counts": how} if evaluated else {}), **fixed}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,17 +13,76 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load, save
 
-from tacit.federated.averaging import ServerOptimizer, from_record, momentum_step, to_record
+from tacit.devices.failpoint import reach
+from tacit.federated.averaging import ServerOptimizer, ask, from_record, momentum_step, to_record
 from tacit.federated.clipping import AdaptiveClip, Arrays
-from tacit.federated.ledger import Granted, Ledger, Refused, Replay, Reservation, Turn
+from tacit.federated.evaluation import Evaluations
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import Randomness
 from tacit.federated.rounds import FederationFailed
+from tacit.federated.turns import Book, Granted, Refused, Replay, Reservation, Turn
 
-__all__ = ["PoissonCohorts"]
+__all__ = ["SERVER", "PoissonCohorts", "ServerCharge"]
 
-_SERVER = "server"
+SERVER = "server"
 _CLIP = "clip_norm"
+_EVALUATION = 1_000_000  # keeps the public coins of evaluations apart from those of training, where nothing is secret
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerCharge:
+    """One access to all clients, charged at the server before its cohort is drawn.
+
+    Attributes:
+        ledger: the server's; None for the twin.
+        turn: what the ledger said.
+    """
+
+    ledger: Book | None
+    turn: Turn
+
+    @classmethod
+    def reserve(
+        cls, ledger: Book | None, mechanism: Mechanism, *, source: str, run: str, round_number: int, body: str
+    ) -> ServerCharge:
+        """Charges, or takes up what was charged before.
+
+        Raises:
+            PrivacyRefused: a guarantee, and no ledger to charge.
+        """
+        if ledger is None:
+            if mechanism.private:
+                raise PrivacyRefused("expected a ledger at the server for unit 'client', got none; nothing is charged")
+            return cls(ledger=None, turn=Granted(""))
+        request = Reservation(
+            owner=SERVER, source=source, run=run, round=round_number, body=body, mechanism=mechanism.describe()
+        )
+        return cls(ledger=ledger, turn=ledger.reserve([request])[0])
+
+    @property
+    def granted(self) -> bool:
+        """Whether a cohort may be drawn."""
+        return isinstance(self.turn, Granted)
+
+    def release(self, round_number: int, compute: Callable[[], Arrays]) -> Arrays | None:
+        """What may be seen: computed once, on disk before it is returned; None where nothing may.
+
+        A computation that raises is a failure: it stays charged, and the same request is not answered again.
+        """
+        if isinstance(self.turn, Replay):
+            return load(self.turn.payload)
+        if isinstance(self.turn, Refused):
+            return None
+        try:
+            release = compute()
+        except Exception:
+            if self.ledger is not None:
+                self.ledger.fail([self.turn.key])
+            raise
+        reach("server.after_noise")
+        if self.ledger is not None:
+            self.ledger.release(round_number, {self.turn.key: save(dict(release))})
+        return release
 
 
 @dataclass
@@ -32,7 +91,8 @@ class PoissonCohorts(Strategy):
 
     *Guarantees*: the release of a round is Σ clip(Δ_i) + N(0, (zC)²) over q·N_ref, charged before the cohort is drawn
     and on disk before anybody sees it. A client that does not answer, or whose answer breaks a rule that looks at
-    nobody else, contributes zero. Neither the cohort nor its size leaves this object.
+    nobody else, contributes zero. Neither the cohort nor its size leaves this object. An evaluation is the same with a
+    second cohort, whose clients' shares of right and wrong answers are summed, noised and charged on their own.
 
     Attributes:
         mechanism: of unit client.
@@ -44,6 +104,7 @@ class PoissonCohorts(Strategy):
         ledger: None for the twin.
         clip: learned while training, or None for a fixed norm.
         velocity: the server's momentum, part of a checkpoint.
+        evaluations: when to ask a second cohort how often the model is right; never when None.
     """
 
     mechanism: Mechanism
@@ -52,11 +113,12 @@ class PoissonCohorts(Strategy):
     randomness: Callable[[int], Randomness]
     source: str
     quorum: int
-    ledger: Ledger | None
+    ledger: Book | None
     clip: AdaptiveClip | None = None
     velocity: Arrays | None = None
+    evaluations: Evaluations | None = None
     _weights: Arrays = field(default_factory=dict)
-    _turn: Turn | None = None
+    _charge: ServerCharge = ServerCharge(ledger=None, turn=Refused("unavailable"))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -75,21 +137,28 @@ class PoissonCohorts(Strategy):
             )
         self._weights = from_record(arrays)
         config = ConfigRecord({**config, "server-round": server_round, _CLIP: self._clip_norm})
-        self._turn = self._reserve(server_round, config)
-        if isinstance(self._turn, Replay):
+        self._charge = self._reserve(self.mechanism, server_round, config, self._weights, "")
+        turn = self._charge.turn
+        if isinstance(turn, Refused) and turn.reason != "unavailable":
+            raise PrivacyRefused(
+                f"expected budget for round {server_round}, got {turn.reason}; the last model is kept in the checkpoint"
+            )
+        if not self._charge.granted:
             return []
-        content = RecordDict({"arrays": arrays, "config": config})
         cohort = self.mechanism.draw_cohort(clients, self.randomness(server_round))
-        return [Message(content, client, MessageType.TRAIN) for client in cohort]
+        return ask(cohort, MessageType.TRAIN, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The noised average through the server's optimizer; also of an empty cohort, which releases noise."""
-        if isinstance(self._turn, Replay):
-            release = load(self._turn.payload)
-        else:
-            release = self._release(server_round, [r.content for r in replies if r.has_content()])
+        """The noised average through the server's optimizer; also of an empty cohort, which releases noise.
+
+        Nothing for a round that was interrupted so often that its charge cannot be used again: the model stays.
+        """
+        contents = [reply.content for reply in replies if reply.has_content()]
+        release = self._charge.release(server_round, lambda: self._noised(server_round, contents))
+        if release is None:
+            return None, None
         if self.clip is not None:
             self.clip = self.clip.moved_to(float(release.pop(_CLIP)))
         weights, self.velocity = momentum_step(
@@ -100,6 +169,31 @@ class PoissonCohorts(Strategy):
             momentum=self.optimizer.momentum,
         )
         return to_record(weights), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Charges a planned evaluation, then draws its own cohort; a refusal leaves it out and the run goes on."""
+        self._charge = ServerCharge(ledger=None, turn=Refused("unavailable"))
+        if self.evaluations is None or not self.evaluations.due(server_round):
+            return []
+        mechanism = self.evaluations.mechanism
+        config = ConfigRecord({**config, "server-round": server_round})
+        self._charge = self._reserve(mechanism, server_round, config, from_record(arrays), "evaluate\n")
+        if not self._charge.granted:
+            return []
+        cohort = mechanism.draw_cohort(sorted(grid.get_node_ids()), self.randomness(_EVALUATION + server_round))
+        return ask(cohort, MessageType.EVALUATE, arrays, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """What the noised shares say, also of an empty cohort; None when no evaluation was charged."""
+        if self.evaluations is None:
+            return None
+        evaluations, contents = self.evaluations, [reply.content for reply in replies if reply.has_content()]
+        release = self._charge.release(
+            server_round, lambda: evaluations.noised(contents, self.randomness(-_EVALUATION - server_round))
+        )
+        return None if release is None else evaluations.of_cohort(release)
 
     def state(self) -> Arrays:
         """What a checkpoint keeps."""
@@ -115,16 +209,6 @@ class PoissonCohorts(Strategy):
         velocity = {n.removeprefix("velocity."): a for n, a in state.items() if n.startswith("velocity.")}
         self.velocity = velocity or None
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """None: figures from a client's records would have to be charged."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """None, as above."""
-        return None
-
     def summary(self) -> None:
         """Nothing to log: the recipe says it all."""
 
@@ -132,28 +216,23 @@ class PoissonCohorts(Strategy):
     def _clip_norm(self) -> float:
         return self.mechanism.max_grad_norm if self.clip is None else self.clip.clip_norm
 
-    def _reserve(self, server_round: int, config: ConfigRecord) -> Turn:
-        if self.ledger is None:
-            return Granted("")
-        digest = hashlib.sha256(json.dumps({name: str(config[name]) for name in sorted(config)}).encode())
-        for name, array in self._weights.items():
+    def _reserve(
+        self, mechanism: Mechanism, server_round: int, config: ConfigRecord, arrays: Arrays, purpose: str
+    ) -> ServerCharge:
+        text = purpose + json.dumps({name: str(config[name]) for name in sorted(config)})
+        digest = hashlib.sha256(text.encode())
+        for name, array in arrays.items():
             digest.update(name.encode() + array.tobytes())
-        request = Reservation(
-            owner=_SERVER,
+        return ServerCharge.reserve(
+            self.ledger,
+            mechanism,
             source=self.source,
             run=str(config["run"]),
-            round=server_round,
+            round_number=server_round,
             body=digest.hexdigest(),
-            mechanism=self.mechanism.describe(),
         )
-        turn = self.ledger.reserve([request])[0]
-        if isinstance(turn, Refused):
-            raise PrivacyRefused(
-                f"expected budget for round {server_round}, got {turn.reason}; the last model is kept in the checkpoint"
-            )
-        return turn
 
-    def _release(self, server_round: int, contents: list[RecordDict]) -> Arrays:
+    def _noised(self, server_round: int, contents: Sequence[RecordDict]) -> Arrays:
         """One Gaussian event: the sum of updates and, where the clip is learned, the sum of bits."""
         answers = [(content, self._contribution(content)) for content in contents]
         usable = [update for _, update in answers if update is not None]
@@ -161,15 +240,12 @@ class PoissonCohorts(Strategy):
         release: Arrays = {}
         if self.clip is not None:
             unclipped = sum(_unclipped(content) for content, update in answers if update is not None)
-            noise = float(randomness.gaussian(1, self.clip.bit_noise)[0]) if self.mechanism.private else 0.0
+            noise = self.mechanism.noise_on_count(self.clip.bit_noise, randomness)
             release[_CLIP] = np.array(self.clip.step(unclipped, len(usable), noise).clip_norm, np.float32)
             multiplier = self.clip.update_noise_multiplier(multiplier)
-        release |= self.mechanism.noisy_average(
+        return release | self.mechanism.noisy_average(
             usable, self._weights, randomness, clip_norm=self._clip_norm, noise_multiplier=multiplier
         )
-        if self.ledger is not None and isinstance(self._turn, Granted):
-            self.ledger.release(server_round, {self._turn.key: save(dict(release))})
-        return release
 
     def _contribution(self, content: RecordDict) -> Arrays | None:
         """A client's update, or None when it breaks a rule that looks at this reply alone."""

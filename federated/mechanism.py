@@ -50,6 +50,8 @@ class Mechanism:
         delta: the δ at which ε is stated.
         twin: the same without noise and without a guarantee, to show what privacy costs.
         hardened: sums and noise on an integer grid, from ChaCha20 (`secure_noise`), against floating-point attacks.
+        sizes: whether how many records an owner holds is secret (the default), or declared: then neighbours differ in
+            what one record holds, not in how many there are (zero-out).
         void: batches and noise come from a seed, for tests: whoever knows it sees through both, so nothing holds.
 
     >>> plan = {"steps_per_round": 1, "rounds": 10, "reference_size": 64, "delta": 1e-5}
@@ -72,6 +74,7 @@ class Mechanism:
     twin: bool = False
     hardened: bool = False
     void: bool = False
+    sizes: Literal["secret", "public"] = "secret"
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -93,6 +96,8 @@ class Mechanism:
             raise ValueError(f"expected noise_multiplier=0 without a guarantee, got {self.noise_multiplier}")
         if self.hardened and not self.private and not self.twin:
             raise ValueError("expected a guarantee to harden, got unit='none'")
+        if self.sizes == "public" and self.unit not in ("record", "none"):
+            raise PrivacyRefused(f"expected secret sizes for unit {self.unit!r}, whose guarantee covers them")
         if self.unit == "local" and self.sample_rate != 1.0:
             raise ValueError(f"expected sample_rate=1 for unit 'local', got {self.sample_rate}")
 
@@ -109,7 +114,9 @@ class Mechanism:
     @property
     def relation(self) -> str:
         """What neighbouring data sets differ in."""
-        return "replace-one" if self.unit == "local" else "add/remove"
+        if self.unit == "local":
+            return "replace-one"
+        return "zero-out" if self.sizes == "public" else "add/remove"
 
     @property
     def events_per_round(self) -> int:
@@ -253,6 +260,34 @@ class Mechanism:
                 total[name] += array
         noised = _add_noise_to_arrays(total, multiplier * bound, randomness)
         return {name: np.asarray(array / self.normaliser, dtype=np.float32) for name, array in noised.items()}
+
+    def noise_on_count(self, standard_deviation: float, randomness: Randomness) -> float:
+        """Noise for a sum of halves; 0 without a guarantee.
+
+        Hardened, it is a multiple of 2⁻²⁰, as halves are: so the sum is rounded as a whole, which is post-processing.
+        """
+        if not self.private:
+            return 0.0
+        noise = float(randomness.gaussian(1, standard_deviation)[0])
+        return round(noise * 2**20) / 2**20 if self.hardened else noise
+
+    def of_size(self, size: int) -> Mechanism:
+        """The same for an owner that declared its size: the same expected batch B, drawn at its own rate B/size.
+
+        Its noise has to be calibrated to that rate. Zero-out (dp-accounting's REPLACE_SPECIAL) costs what add/remove
+        does.
+
+        Raises:
+            PrivacyRefused: sizes are secret.
+
+        >>> made = Mechanism(unit="record", sample_rate=0.5, max_grad_norm=1.0, noise_multiplier=2.0, steps_per_round=1,
+        ...                  rounds=10, reference_size=64, delta=1e-5, sizes="public")
+        >>> made.of_size(320).sample_rate, made.of_size(320).normaliser, made.of_size(20).sample_rate
+        (0.1, 32.0, 1.0)
+        """
+        if self.sizes != "public":
+            raise PrivacyRefused("expected declared sizes for a rate of an owner's own, got sizes='secret'")
+        return replace(self, sample_rate=min(1.0, self.normaliser / size), reference_size=size)
 
     def calibrated(self, epsilon: float, also: Mapping[Event, int] | None = None) -> Mechanism:
         """The same with the least noise, from above, whose ε over all planned participations is at most `epsilon`.

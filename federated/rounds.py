@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -14,7 +14,10 @@ __all__ = ["FederationFailed", "RoundReport", "Trains", "run_rounds"]
 
 
 class Trains(Protocol):
-    """The part of a Flower `Strategy` that a round needs; any of Flower's fits."""
+    """The part of a Flower `Strategy` that a round needs; any of Flower's fits.
+
+    `aggregate_evaluate` is asked after every round, also when nobody was: a cohort may be empty, and its noise is due.
+    """
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -25,6 +28,16 @@ class Trains(Protocol):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As Flower's."""
+        ...
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As Flower's."""
+        ...
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """As Flower's."""
         ...
 
@@ -42,12 +55,18 @@ class RoundReport:
         clients: owners whose update was used.
         refusals: reasons of the others, by constant.
         wall_s: seconds it took.
+        left_out: interrupted so often that its charge could not be used again; the model is the one before.
+        evaluation: what the owners' records say of the new model; None where they were not asked or nobody answered.
+        evaluation_refusals: reasons of those who were asked and did not answer.
     """
 
     round: int
     clients: int
     refusals: dict[str, int]
     wall_s: float
+    left_out: bool = False
+    evaluation: MetricRecord | None = None
+    evaluation_refusals: dict[str, int] = field(default_factory=dict)
 
 
 def run_rounds(
@@ -89,21 +108,46 @@ def run_rounds(
         replies = list(grid.send_and_receive(messages, timeout=timeout_s))
         good = [reply for reply in replies if reply.has_content()]
         refusals = _count_reasons(replies)
-        if len(good) < quorum and skip_lost and server_round == first_round and set(refusals) == {"unavailable"}:
-            # Interrupted so often that its reservations cannot be used again: it stays charged, the model stays.
-            on_round(RoundReport(round=server_round, clients=0, refusals=refusals, wall_s=0.0), arrays)
-            continue
-        if len(good) < quorum:
+        few = len(good) < quorum
+        # Interrupted so often that its reservations cannot be used again, it stays charged and the model stays.
+        lost = few and skip_lost and server_round == first_round and set(refusals) == {"unavailable"}
+        if few and not lost:
             reasons = ", ".join(f"{count} {reason}" for reason, count in refusals.items()) or "no reply"
             raise FederationFailed(
                 f"expected at least {quorum} owners in round {server_round}, got {len(good)} ({reasons}); "
                 "bring owners back, then resume"
             )
-        aggregated, _ = strategy.aggregate_train(server_round, good)
+        aggregated = None if lost else strategy.aggregate_train(server_round, good)[0]
         arrays = arrays if aggregated is None else aggregated
-        wall_s = time.monotonic() - started
-        on_round(RoundReport(round=server_round, clients=len(good), refusals=refusals, wall_s=wall_s), arrays)
+        evaluation, evaluation_refusals = _evaluate(
+            strategy, grid, arrays, server_round=server_round, config=config, timeout_s=timeout_s
+        )
+        report = RoundReport(
+            round=server_round,
+            clients=0 if lost else len(good),
+            refusals=refusals,
+            wall_s=time.monotonic() - started,
+            left_out=aggregated is None,
+            evaluation=evaluation,
+            evaluation_refusals=evaluation_refusals,
+        )
+        on_round(report, arrays)
     return arrays
+
+
+def _evaluate(
+    strategy: Trains,
+    grid: Grid,
+    arrays: ArrayRecord,
+    *,
+    server_round: int,
+    config: Mapping[str, str],
+    timeout_s: float,
+) -> tuple[MetricRecord | None, dict[str, int]]:
+    """Asks the owners where the strategy does; one that refuses is counted, and the run goes on."""
+    messages = list(strategy.configure_evaluate(server_round, arrays, ConfigRecord(dict(config)), grid))
+    replies = list(grid.send_and_receive(messages, timeout=timeout_s)) if messages else []
+    return strategy.aggregate_evaluate(server_round, replies), _count_reasons(replies)
 
 
 def _count_reasons(replies: list[Message]) -> dict[str, int]:

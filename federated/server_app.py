@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from tacit.devices.durable import write_durably
 from tacit.devices.failpoint import reach
 from tacit.federated.averaging import from_record, to_record
 from tacit.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_weights
+from tacit.federated.evaluation import owners_accuracy
 from tacit.federated.mechanism import PrivacyRefused
 from tacit.federated.rounds import RoundReport, Trains, run_rounds
 from tacit.federated.train import Arrays
@@ -66,6 +67,8 @@ class ServerPlan:
         ledger: None without a guarantee, or when owners keep their own.
         evaluate: accuracy of arrays on a public test split after a round, or None.
         progress: told of each round and of notes.
+        owner_names: by index, for what the owners' own records say.
+        purpose: of these rounds, where a run has others besides; it tells their charges apart.
     """
 
     folder: Path
@@ -80,6 +83,8 @@ class ServerPlan:
     ledger: LedgerView | None
     evaluate: Callable[[int, Arrays], float | None]
     progress: Callable[[Mapping[str, object]], None]
+    owner_names: Sequence[str] = ()
+    purpose: str = ""
 
 
 def make_server_app(find_plan: Callable[[Context], ServerPlan]) -> ServerApp:
@@ -106,6 +111,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
             # Who took part at client level, and how many, is what its guarantee hides.
             "clients": None if plan.secret_cohorts else report.clients,
             "refusals": {} if plan.secret_cohorts else report.refusals,
+            "owners_accuracy": _owners_accuracy(plan, report),
         }
         history.append(row)
         reach("server.before_checkpoint")
@@ -123,6 +129,8 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
         reach("server.after_checkpoint")
         if plan.ledger:
             plan.ledger.settled(report.round)
+        if report.left_out:
+            plan.progress({"note": f"round {report.round} was interrupted too often: charged, and left out"})
         plan.progress(row)
 
     final = run_rounds(
@@ -132,7 +140,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
         rounds=plan.rounds,
         first_round=start.round + 1,
         quorum=plan.quorum,
-        config={"run": plan.run},
+        config={"run": plan.run, **({"purpose": plan.purpose} if plan.purpose else {})},
         skip_lost=plan.resumed,
         on_round=on_round,
     )
@@ -140,6 +148,14 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
     write_durably(plan.folder / "rounds.jsonl", lines.encode())
     reach("server.before_weights")
     write_weights(plan.folder / "weights.safetensors", from_record(final))
+
+
+def _owners_accuracy(plan: ServerPlan, report: RoundReport) -> dict[str, object] | None:
+    """What the owners' own records say of the model; None where they were not asked."""
+    refusals: Mapping[str, int] = {} if plan.secret_cohorts else report.evaluation_refusals
+    if report.evaluation is None:
+        return {"mean": None, "refusals": dict(refusals)} if refusals else None
+    return {**owners_accuracy(report.evaluation, plan.owner_names), "refusals": dict(refusals)}
 
 
 def _begin(plan: ServerPlan) -> Checkpoint:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,9 @@ from tacit.federated.averaging import (
     momentum_step,
     to_record,
 )
+from tacit.federated.evaluation import Evaluations, evaluation_mechanism
 from tacit.federated.grid import InProcessGrid
+from tacit.federated.mechanism import Mechanism
 
 
 def arrays(seed):
@@ -130,7 +132,41 @@ def test_error_replies_are_left_out_and_a_round_without_any_update_gives_nothing
     assert strategy.aggregate_train(1, [error]) == (None, None)
 
 
-def test_owners_records_are_never_evaluated(grid):
-    strategy = FederatedAveraging(rounds=4)
-    assert strategy.configure_evaluate(1, to_record(arrays(0)), ConfigRecord({}), grid) == []
+def counting(noise=10.0):
+    training = Mechanism(
+        unit="record",
+        sample_rate=0.1,
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        steps_per_round=1,
+        rounds=4,
+        reference_size=10,
+        delta=1e-5,
+    )
+    return Evaluations(mechanism=evaluation_mechanism(training, noise, 2), rounds=4, every=3)
+
+
+@pytest.mark.parametrize(("evaluations", "due"), [(None, []), (counting(), [3, 4])], ids=["none planned", "planned"])
+def test_owners_are_asked_to_evaluate_in_the_rounds_that_were_planned_and_never_else(grid, evaluations, due):
+    strategy = FederatedAveraging(rounds=4, evaluations=evaluations)
+    for server_round in range(1, 5):
+        config = ConfigRecord({"run": "r"})
+        messages = list(strategy.configure_evaluate(server_round, to_record(arrays(0)), config, grid))
+        assert [message.metadata.dst_node_id for message in messages] == ([2, 5, 9] if server_round in due else [])
+        for message in messages:
+            assert message.metadata.message_type == MessageType.EVALUATE
+            assert dict(message.content.config_records["config"]) == {"run": "r", "server-round": server_round}
+            close(from_record(message.content.array_records["arrays"]), arrays(0), 0.0)
     assert strategy.aggregate_evaluate(1, []) is None
+
+
+def test_evaluations_that_came_back_are_pooled_and_errors_left_out(grid):
+    strategy = FederatedAveraging(rounds=4, evaluations=counting())
+    messages = list(strategy.configure_evaluate(3, to_record(arrays(0)), ConfigRecord({}), grid))
+    counts = MetricRecord({"num-examples": 1, "owner": 1, "right": 75.0, "wrong": 25.0})
+    replies = [
+        Message(Error(4, "exhausted"), reply_to=messages[0]),
+        Message(RecordDict({"metrics": counts}), reply_to=messages[1]),
+    ]
+    found = strategy.aggregate_evaluate(3, replies)
+    assert (found["owner"], found["accuracy"], found["noise-sd"]) == ([1], 0.75, 10.0)

@@ -1,4 +1,7 @@
-"""What an owner answers: the charge before the records, three constants for a refusal, nothing else about the data."""
+"""What an owner answers: the charge before the records, three constants for a refusal, nothing else about the data.
+
+Training and evaluation are two questions behind the same door: what must hold for one is tried on both.
+"""
 
 import json
 import math
@@ -13,12 +16,21 @@ from torch import nn
 from tacit.federated import client_app
 from tacit.federated.accounts import read_ledger
 from tacit.federated.averaging import from_record, to_record
-from tacit.federated.client_app import REFUSAL, CohortGate, Owner, OwnerGate, make_client_app
+from tacit.federated.client_app import (
+    REFUSAL,
+    CohortGate,
+    Owner,
+    OwnerGate,
+    describe_channels,
+    make_client_app,
+    reservation,
+)
 from tacit.federated.datasets import find_task
+from tacit.federated.evaluation import Evaluator, evaluation_mechanism
 from tacit.federated.grid import InProcessGrid
 from tacit.federated.ledger import Granted, Ledger
-from tacit.federated.mechanism import Mechanism
-from tacit.federated.noise import SecretGenerator
+from tacit.federated.mechanism import Mechanism, PrivacyRefused
+from tacit.federated.noise import SecretGenerator, SeededGenerator
 from tacit.federated.outbox import Outbox
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer, write_arrays
@@ -37,6 +49,9 @@ MECHANISM = Mechanism(
 MODEL = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 START = write_arrays(MODEL)
 TRAINER = LocalTrainer(find_task("digits"), MODEL, MECHANISM, learning_rate=0.1)
+COUNTING = evaluation_mechanism(MECHANISM, 4.0, 3)
+EVALUATOR = Evaluator(mechanism=COUNTING, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+KINDS = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 
 
 def some_records(count=20):
@@ -45,10 +60,11 @@ def some_records(count=20):
 
 
 class Federation:
-    """Owners of a run in one folder, each read logged, with one ledger or one each."""
+    """Owners of a run in one folder, each read logged, with one ledger or one each, asked one kind of question."""
 
-    def __init__(self, folder, *, owners=1, one_each=False):
-        self.folder, self.one_each, self.events = folder, one_each, []
+    def __init__(self, folder, *, owners=1, one_each=False, kind="train", epsilon=None):
+        self.folder, self.one_each, self.kind, self.events = folder, one_each, kind, []
+        self.epsilon = epsilon or MECHANISM.planned_epsilon()
         self.read = dict.fromkeys(range(owners), some_records)
         self.owners = [self._owner(index) for index in range(owners)]
         self.ledger = None if one_each else self.open(folder)
@@ -57,9 +73,7 @@ class Federation:
         self.grid = InProcessGrid(make_client_app(self.find), contexts, self.gate)
 
     def open(self, folder):
-        return Ledger(
-            folder / "ledger.jsonl", Outbox(folder / "outbox"), epsilon=MECHANISM.planned_epsilon(), delta=1e-5
-        )
+        return Ledger(folder / "ledger.jsonl", Outbox(folder / "outbox"), epsilon=self.epsilon, delta=1e-5)
 
     def _owner(self, index):
         home = self.folder / f"owner-{index}"
@@ -80,6 +94,7 @@ class Federation:
             randomness=lambda _: SecretGenerator(),
             gate=gate,
             log=home / "errors.log",
+            evaluation=EVALUATOR,
         )
 
     def ledger_of(self, index):
@@ -95,7 +110,7 @@ class Federation:
 
     def message(self, node, round_number, arrays):
         config = ConfigRecord({"run": "run", "server-round": round_number})
-        return Message(RecordDict({"arrays": to_record(arrays), "config": config}), node, MessageType.TRAIN)
+        return Message(RecordDict({"arrays": to_record(arrays), "config": config}), node, KINDS[self.kind])
 
     def close(self):
         if self.ledger is not None:
@@ -103,8 +118,20 @@ class Federation:
 
 
 @pytest.fixture(params=[False, True], ids=["cohort", "one ledger each"])
-def federation(request, tmp_path):
-    made = Federation(tmp_path, owners=2, one_each=request.param)
+def one_each(request):
+    return request.param
+
+
+@pytest.fixture(params=["train", "evaluate"])
+def federation(request, tmp_path, one_each):
+    made = Federation(tmp_path, owners=2, one_each=one_each, kind=request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def training(tmp_path, one_each):
+    made = Federation(tmp_path, owners=2, one_each=one_each)
     yield made
     made.close()
 
@@ -117,6 +144,13 @@ def reason(reply):
 
 def everything_in(reply):
     return str(reply.error) if reply.has_error() else str(reply.content) + str(reply.content.metric_records)
+
+
+def released(reply):
+    """Everything in a reply, as bytes by name."""
+    arrays, metrics = reply.content.array_records.values(), reply.content.metric_records.values()
+    found = {name: array.tobytes() for record in arrays for name, array in from_record(record).items()}
+    return found | {name: value for record in metrics for name, value in record.items()}
 
 
 def leak():
@@ -133,10 +167,10 @@ def test_the_charge_is_on_disk_when_records_are_read_and_the_release_before_a_re
         assert (account.reserved, account.released) == (1, 1)
 
 
-def test_a_reply_carries_the_models_arrays_and_two_constants_and_nothing_else(federation):
-    federation.read[0] = lambda: some_records(7)
-    federation.read[1] = lambda: some_records(300)
-    for index, reply in enumerate(federation.ask()):
+def test_a_reply_carries_the_models_arrays_and_two_constants_and_nothing_else(training):
+    training.read[0] = lambda: some_records(7)
+    training.read[1] = lambda: some_records(300)
+    for index, reply in enumerate(training.ask()):
         assert set(reply.content) == {"arrays", "metrics"}
         assert dict(reply.content.metric_records["metrics"]) == {"num-examples": 1, "owner": index}
         arrays = from_record(reply.content.array_records["arrays"])
@@ -161,35 +195,33 @@ def test_an_exceptions_text_stays_on_the_owners_disk_and_the_key_is_never_tried_
     assert federation.ask(2)[0].has_content()  # the next round is a new charge
 
 
-def test_a_record_that_cannot_be_trained_on_is_a_failure_and_the_other_owners_go_on(federation):
+def test_a_record_that_cannot_be_trained_on_is_a_failure_and_the_other_owners_go_on(training):
     broken = some_records()
-    federation.read[0] = lambda: Records(broken.inputs, np.full_like(broken.labels, 10))
-    bad, good = federation.ask()
+    training.read[0] = lambda: Records(broken.inputs, np.full_like(broken.labels, 10))
+    bad, good = training.ask()
     assert reason(bad) == "unavailable"
     assert good.has_content()
 
 
-def test_an_update_that_is_not_finite_is_a_failure(federation):
+def test_an_update_that_is_not_finite_is_a_failure(training):
     poisoned = {name: np.full_like(array, math.nan) for name, array in START.items()}
-    assert [reason(reply) for reply in federation.ask(arrays=poisoned)] == ["unavailable"] * 2
-    assert "finite" in federation.owners[0].log.read_text()
+    assert [reason(reply) for reply in training.ask(arrays=poisoned)] == ["unavailable"] * 2
+    assert "finite" in training.owners[0].log.read_text()
 
 
 def test_asking_twice_gives_the_same_bytes_without_reading_again(federation):
     first = federation.ask()
     federation.events.clear()
     second = federation.ask()
-    for one, other in zip(first, second, strict=True):
-        a, b = (from_record(reply.content.array_records["arrays"]) for reply in (one, other))
-        assert all(a[name].tobytes() == b[name].tobytes() for name in START)
+    assert [released(reply) for reply in first] == [released(reply) for reply in second]
     assert federation.events == []
 
 
-def test_fresh_noise_for_another_model(federation):
-    first = federation.ask()[0]
-    other = federation.ask(arrays={name: np.asarray(array + 1) for name, array in START.items()})[0]
+def test_fresh_noise_for_another_model(training):
+    first = training.ask()[0]
+    other = training.ask(arrays={name: np.asarray(array + 1) for name, array in START.items()})[0]
     a, b = (from_record(reply.content.array_records["arrays"]) for reply in (first, other))
-    assert len(federation.events) == 4
+    assert len(training.events) == 4
     assert not np.allclose(a["1.weight"] - START["1.weight"], b["1.weight"] - START["1.weight"] - 1)
 
 
@@ -286,7 +318,9 @@ def test_without_a_guarantee_there_is_no_ledger_and_the_update_is_the_trainers(t
         find_task("digits"), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), plain, learning_rate=0.1
     )
     federation = Federation(tmp_path)
-    owner = replace(federation.owners[0], mechanism=plain, trainer=trainer, records=some_records, gate=None)
+    owner = replace(
+        federation.owners[0], mechanism=plain, trainer=trainer, records=some_records, gate=None, evaluation=None
+    )
     federation.find = lambda context: owner
     grid = InProcessGrid(make_client_app(lambda context: owner), {2: Context(1, 2, {}, RecordDict(), {})})
     (reply,) = grid.send_and_receive([federation.message(2, 1, START)])
@@ -296,8 +330,9 @@ def test_without_a_guarantee_there_is_no_ledger_and_the_update_is_the_trainers(t
     federation.close()
 
 
-def test_a_private_owner_without_a_ledger_is_refused_and_not_read(tmp_path):
-    federation = Federation(tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_private_owner_without_a_ledger_is_refused_and_not_read(tmp_path, kind):
+    federation = Federation(tmp_path, kind=kind)
     owner = federation.owners[0]
     grid = InProcessGrid(make_client_app(lambda context: owner), {2: Context(1, 2, {}, RecordDict(), {})})
     (reply,) = grid.send_and_receive([federation.message(2, 1, START)])
@@ -326,9 +361,215 @@ def test_a_gate_that_charges_after_reading_is_caught(tmp_path):
         test_the_charge_is_on_disk_when_records_are_read_and_the_release_before_a_reply_is_seen(federation)
 
 
-def test_an_app_that_lets_an_exception_out_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(client_app, "_train_privately", lambda message, owner, gate: client_app._train(message, owner))
-    federation = Federation(tmp_path, owners=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_app_that_lets_an_exception_out_is_caught(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(client_app, "_from_owner", lambda message, owner, compute, reply: reply(compute()))
+    federation = Federation(tmp_path, owners=2, kind=kind)
     with pytest.raises(AssertionError):
         test_an_exceptions_text_stays_on_the_owners_disk_and_the_key_is_never_tried_again(federation)
     federation.close()
+
+
+def test_an_evaluation_that_nobody_planned_is_refused_and_neither_charged_nor_read(federation):
+    federation.kind = "evaluate"
+    federation.owners[0] = replace(federation.owners[0], evaluation=None)
+    refused, answered = federation.ask()
+    assert reason(refused) == "refused"
+    assert answered.has_content()
+    assert [index for index, _ in federation.events] == [1]
+    path = federation.ledger_of(0)
+    accounts = read_ledger(path)[0] if path.is_file() else []
+    assert not [account for account in accounts if account.owner == "owner-0"]
+
+
+def test_training_and_evaluating_the_same_model_are_two_charges_and_two_answers(tmp_path):
+    """The same arrays, configuration and round: only the kind of question differs."""
+    federation = Federation(tmp_path, epsilon=math.inf)
+    (trained,) = federation.ask()
+    federation.kind = "evaluate"
+    (evaluated,) = federation.ask()
+    assert set(trained.content) == {"arrays", "metrics"}
+    assert set(evaluated.content) == {"metrics"}
+    account = federation.ledger.accounts["owner-0", "digits"]
+    assert account.reserved == account.released == 2
+    federation.close()
+
+
+def test_an_evaluation_under_another_guarantee_than_the_training_is_refused(tmp_path):
+    federation = Federation(tmp_path)
+    silent = replace(COUNTING, twin=True, noise_multiplier=0.0)
+    with pytest.raises(PrivacyRefused, match="evaluation_mechanism"):
+        replace(federation.owners[0], evaluation=replace(EVALUATOR, mechanism=silent))
+    federation.close()
+
+
+# Every field that may be in a reply, and whether it may depend on records.
+CHANNELS = {
+    "content/arrays/1.weight": True,
+    "content/arrays/1.bias": True,
+    "content/metrics/num-examples": False,
+    "content/metrics/owner": False,
+    "content/metrics/unclipped": True,
+    "content/metrics/right": True,
+    "content/metrics/wrong": True,
+    "error/code": False,
+    "error/reason": False,
+    **dict.fromkeys(
+        (f"metadata/_{name}" for name in ("run_id", "src_node_id", "dst_node_id", "group_id", "message_type")), False
+    ),
+    # Drawn at random, or the time: Flower counts down what is left of a message's life.
+    **dict.fromkeys((f"metadata/_{name}" for name in ("message_id", "reply_to_message_id", "created_at", "ttl")), None),
+    **dict.fromkeys((f"metadata/_{name}" for name in ("delivered_at", "src_task_id", "dst_task_id")), False),
+}
+# Names as `describe_channels` states them: of what may depend on records.
+STATED = {
+    "content/arrays/1.weight": "model arrays",
+    "content/arrays/1.bias": "model arrays",
+    "content/metrics/unclipped": "unclipped bit",
+    "content/metrics/right": "evaluation counts",
+    "content/metrics/wrong": "evaluation counts",
+}
+
+
+def walk(reply):
+    """Every field of a reply, whatever it is called."""
+    fields = {f"metadata/{name}": value for name, value in vars(reply.metadata).items()}
+    if reply.has_error():
+        return fields | {f"error/{name.lstrip('_')}": value for name, value in vars(reply.error).items()}
+    for record_name, record in reply.content.items():
+        for name, value in record.items():
+            kept = value.numpy().tobytes() if hasattr(value, "numpy") else value
+            fields[f"content/{record_name}/{name}"] = kept
+    return fields
+
+
+def owner_of(unit, records, folder, gate=None):
+    changes = {"noise_multiplier": 0.0, "max_grad_norm": math.inf} if unit == "none" else {}
+    mechanism = replace(MECHANISM, unit=unit, **changes)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return Owner(
+        name="owner-0",
+        index=0,
+        source="digits",
+        mechanism=mechanism,
+        trainer=LocalTrainer(find_task("digits"), model, mechanism, learning_rate=0.1),
+        records=records,
+        randomness=lambda number: SeededGenerator(abs(number)),
+        gate=gate,
+        log=folder / "errors.log",
+        evaluation=Evaluator(mechanism=evaluation_mechanism(mechanism, 4.0, 3), model=nn.Sequential(*model)),
+    )
+
+
+def answers(unit, kind, records, folder):
+    """A reply and what it left in the context, of an owner with a ledger where its unit asks for one."""
+    ledger = gate = None
+    owner = owner_of(unit, records, folder)
+    context = Context(1, 2, {"partition-id": 0}, RecordDict(), {})
+    if unit in ("record", "local"):
+        ledger = Ledger(folder / "ledger.jsonl", Outbox(folder / "outbox"), epsilon=math.inf, delta=1e-5)
+        gate = CohortGate(ledger, lambda found: owner)
+    grid = InProcessGrid(make_client_app(lambda found: replace(owner, gate=gate)), {2: context}, gate)
+    config = ConfigRecord({"run": "run", "server-round": 1, "clip_norm": 1.0})
+    content = RecordDict({"arrays": to_record(START), "config": config})
+    (reply,) = grid.send_and_receive([Message(content, 2, KINDS[kind])])
+    if ledger is not None:
+        ledger.close()
+    return reply, context
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", ["record", "local", "client", "none"])
+def test_no_field_of_a_reply_is_unknown_and_only_the_stated_ones_depend_on_records(tmp_path, unit, kind):
+    """A field that somebody adds to a reply fails here until its protection is stated."""
+    cases = [lambda: some_records(7), lambda: some_records(300)] + ([leak] if unit != "none" else [])
+    walked = []
+    for number, records in enumerate(cases):
+        reply, context = answers(unit, kind, records, tmp_path / str(number))
+        assert not context.state  # what an owner keeps there would lie with Flower
+        walked.append(walk(reply))
+        assert set(walked[-1]) <= set(CHANNELS), set(walked[-1]) - set(CHANNELS)
+    stated = describe_channels(unit, evaluated=kind == "evaluate")
+    assert "reply time" in stated
+    for name in set(walked[0]) & set(walked[1]):
+        if CHANNELS[name] is False:
+            assert walked[0][name] == walked[1][name], name
+        elif CHANNELS[name] is True:
+            assert STATED[name] in stated
+
+
+def test_an_unknown_field_is_caught(tmp_path, monkeypatch):
+    """The mutation of the test above: a client that tells how many records it holds."""
+    original = client_app._reply
+
+    def telling(message, arrays, metrics):
+        metrics["records"] = 7
+        return original(message, arrays, metrics)
+
+    monkeypatch.setattr(client_app, "_reply", telling)
+    with pytest.raises(AssertionError):
+        test_no_field_of_a_reply_is_unknown_and_only_the_stated_ones_depend_on_records(tmp_path, "record", "train")
+
+
+def test_a_message_that_is_neither_training_nor_evaluation_reads_nothing(tmp_path):
+    federation = Federation(tmp_path)
+    content = federation.message(2, 1, START).content
+    (reply,) = federation.grid.send_and_receive([Message(content, 2, MessageType.QUERY)])
+    assert reply.has_error()
+    assert federation.events == []
+    federation.close()
+
+
+def test_a_reservation_states_the_mechanism_of_its_own_kind(tmp_path):
+    federation = Federation(tmp_path)
+    stated = {}
+    for kind in KINDS:
+        federation.kind = kind
+        stated[kind] = reservation(federation.message(2, 1, START), federation.owners[0]).mechanism
+    assert stated["train"] == MECHANISM.describe()
+    assert stated["evaluate"] == COUNTING.describe()
+    federation.close()
+
+
+def test_an_evaluation_never_draws_from_the_stream_of_a_round_of_training(tmp_path):
+    """Where randomness has a seed: the noise of one would otherwise be the noise of the other."""
+    drawn = {}
+    for kind in KINDS:
+        federation, numbers = Federation(tmp_path / kind, kind=kind, epsilon=math.inf), []
+        drawing = replace(federation.owners[0], randomness=lambda n, seen=numbers: seen.append(n) or SecretGenerator())
+        federation.owners[0] = drawing
+        for number in (1, 2, 3):
+            federation.ask(number)
+        drawn[kind] = set(numbers)
+        federation.close()
+    assert len(drawn["train"]) == len(drawn["evaluate"]) == 3
+    assert not drawn["train"] & drawn["evaluate"]
+
+
+@pytest.mark.parametrize("unit", ["client", "none"])
+def test_an_evaluation_that_nobody_planned_is_refused_where_owners_have_no_ledger_too(tmp_path, unit):
+    owner = replace(owner_of(unit, leak, tmp_path), evaluation=None)
+    grid = InProcessGrid(make_client_app(lambda found: owner), {2: Context(1, 2, {}, RecordDict(), {})})
+    content = RecordDict({"arrays": to_record(START), "config": ConfigRecord({"run": "run", "server-round": 1})})
+    (reply,) = grid.send_and_receive([Message(content, 2, MessageType.EVALUATE)])
+    assert reason(reply) == "refused"
+    assert not (tmp_path / "errors.log").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_member_of_a_cohort_whose_records_break_says_one_constant_and_keeps_the_text(tmp_path, kind):
+    reply, _ = answers("client", kind, leak, tmp_path)
+    assert reason(reply) == "unavailable"
+    assert SECRET not in everything_in(reply)
+    assert SECRET in (tmp_path / "errors.log").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_owner_that_cannot_be_found_is_a_constant_and_the_shared_log_holds_no_text(tmp_path, kind, caplog):
+    federation = Federation(tmp_path, kind=kind)
+    grid = InProcessGrid(make_client_app(lambda context: leak()), {2: Context(1, 2, {}, RecordDict(), {})})
+    (reply,) = grid.send_and_receive([federation.message(2, 1, START)])
+    federation.close()
+    assert reason(reply) == "refused"
+    assert "ValueError" in caplog.text
+    assert SECRET not in everything_in(reply) + caplog.text

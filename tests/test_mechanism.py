@@ -329,3 +329,29 @@ def test_the_hardened_mean_is_the_fast_one_on_a_grid():
         for a, b in zip(fast, hard, strict=True):
             assert a.shape == b.shape
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_every_number_of_every_tensor_has_a_noise_of_its_own(hardened):
+    """The draws of a generator with a known seed, each used once, in the order of the parameters."""
+    mechanism = make(hardened=hardened)
+    chunk = [torch.randn(6, *shape, generator=torch.Generator().manual_seed(3)) for shape in ((3, 2), (), (4,))]
+    shapes = [gradient.shape[1:] for gradient in chunk]
+    noised = mechanism.noisy_mean([chunk], shapes, SeededGenerator(5))
+    clipped = clipped_sum(chunk, mechanism.max_grad_norm)
+    found = [(n * mechanism.normaliser - c).reshape(-1) for n, c in zip(noised, clipped, strict=True)]
+    drawn = SeededGenerator(5).gaussian(11, mechanism.noise_multiplier * mechanism.max_grad_norm)
+    np.testing.assert_allclose(torch.cat(found).numpy(), drawn, atol=1e-5)
+
+
+class SureCoins:
+    """Coins that all fall on the same side, as they may."""
+
+    def bernoulli(self, count, probability):
+        return np.ones(count, bool)
+
+
+def test_a_batch_or_cohort_is_everybody_whose_coin_says_so_however_many_that_are():
+    mechanism = make(sample_rate=0.01)
+    assert mechanism.draw_batch(500, SureCoins()).tolist() == list(range(500))
+    assert mechanism.draw_cohort(range(500), SureCoins()) == list(range(500))

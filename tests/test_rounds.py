@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -94,3 +94,34 @@ def test_a_resumed_run_does_the_rounds_that_are_left():
 def test_a_run_that_was_finished_does_nothing_and_returns_its_model():
     final, reports = rounds(FederatedAveraging(rounds=3), make_grid(), first_round=4)
     assert (final, reports) == (0.0, [])
+
+
+class Unavailable:
+    """A grid whose owners have lost what they owe for the rounds named."""
+
+    def __init__(self, grid, lost):
+        self.grid, self.lost = grid, lost
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        if messages and messages[0].content.config_records["config"]["server-round"] in self.lost:
+            return [Message(Error(4, "unavailable"), reply_to=message) for message in messages]
+        return self.grid.send_and_receive(messages, timeout=timeout)
+
+    def __getattr__(self, name):
+        return getattr(self.grid, name)
+
+
+def test_a_resumed_run_leaves_out_the_round_that_nobody_can_answer_any_more_and_says_so():
+    final, reports = rounds(FederatedAveraging(rounds=3), Unavailable(make_grid(), {2}), first_round=2, skip_lost=True)
+    assert [(report.round, report.clients, report.left_out) for report, _ in reports] == [(2, 0, True), (3, 3, False)]
+    assert [weight for _, weight in reports] == [0.0, 3.0]
+    assert reports[0][0].refusals == {"unavailable": 3}
+    assert final == 3.0
+
+
+@pytest.mark.parametrize(("first_round", "skip_lost"), [(1, True), (2, False)], ids=["later round", "not resumed"])
+def test_any_other_round_that_nobody_answers_ends_the_run(first_round, skip_lost):
+    grid = Unavailable(make_grid(), {2})
+    with pytest.raises(FederationFailed, match="3 unavailable"):
+        rounds(FederatedAveraging(rounds=3), grid, first_round=first_round, skip_lost=skip_lost)

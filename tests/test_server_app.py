@@ -1,16 +1,22 @@
-"""Beginning again: which checkpoint, which ledger, and what that costs."""
+"""Beginning again: which checkpoint, which ledger, and what that costs; and what a run keeps of its owners' answers."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tacit.edge.composition import compose
 from tacit.edge.flower_app import train_in_process
 from tacit.edge.recipe import Recipe, load_recipe
+from tacit.federated.accounting import reported_epsilon
 from tacit.federated.accounts import find_ledgers, read_ledger
 from tacit.federated.checkpoint import load_checkpoint, read_weights
+from tacit.federated.evaluation import Evaluator
 from tacit.federated.mechanism import PrivacyRefused
 from tacit.federated.rounds import FederationFailed
+from tacit.federated.train import LocalTrainer
 
 ROUNDS, OWNERS = 3, 2
 SETTINGS = [
@@ -19,6 +25,7 @@ SETTINGS = [
     "federated.partition=iid",
     "model.channels=[4]",
     "privacy.sample_rate=0.05",
+    "privacy.noise_multiplier=2.0",
 ]
 
 
@@ -92,3 +99,83 @@ def test_a_checkpoint_remembers_the_ledgers_head(trained: Path) -> None:
     (path,) = find_ledgers(trained)
     _, head, _ = read_ledger(path)
     assert checkpoint.ledger_head == head
+
+
+EVALUATING = [*SETTINGS, "federated.evaluate_every=2"]
+
+
+def _rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "train" / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_what_the_owners_records_say_is_in_the_rows_and_survives_a_checkpoint(tmp_path: Path) -> None:
+    """With the last checkpoint gone its round is done again: the same answers for the same charge."""
+    recipe = load_recipe("digits", EVALUATING)
+    train_in_process(recipe, tmp_path, run="r", report=lambda row: None)
+    rows = _rows(tmp_path)
+    stated = [row["owners_accuracy"] for row in rows]
+    assert stated[0] is None
+    for one in stated[1:]:
+        assert isinstance(one, dict)
+        assert set(one) == {"mean", "low", "high", "confidence", "noise_sd", "by_owner", "refusals"}
+        assert list(one["by_owner"]) == ["owner-00", "owner-01"]
+        assert (one["noise_sd"], one["refusals"]) == (10.0, {})
+    sorted((tmp_path / "train" / "checkpoint").glob("*.safetensors"))[-1].unlink()
+    _again(recipe, tmp_path)
+    assert _rows(tmp_path) == rows
+    assert _charged(tmp_path) == [(ROUNDS + 2, ROUNDS + 2)] * OWNERS
+
+
+def test_a_run_whose_evaluations_are_paid_from_its_epsilon_keeps_it(tmp_path: Path) -> None:
+    budget = [*SETTINGS[:-1], "privacy.sample_rate=1.0", "privacy.epsilon=6.0"]
+    paying = ["federated.evaluate_every=2", "privacy.evaluation_noise_multiplier=3.0"]
+    recipe = load_recipe("digits", [*budget, *paying])
+    composition = train_in_process(recipe, tmp_path, run="r", report=lambda row: None)
+    accounts, _, _ = read_ledger(tmp_path / "ledger.jsonl")
+    assert [account.history for account in accounts] == [composition.plan] * OWNERS
+    assert len(composition.plan) == 2
+    assert 5.9 < reported_epsilon(composition.plan, 1e-5) <= 6.0
+    without = compose(load_recipe("digits", budget), tmp_path)
+    assert composition.mechanism.noise_multiplier > without.mechanism.noise_multiplier
+
+
+@pytest.mark.parametrize("unit", ["client", "local"])
+def test_at_other_units_a_run_evaluates_too(tmp_path: Path, unit: str) -> None:
+    settings = [f"federated.rounds={ROUNDS}", "federated.owners=6", "model.channels=[4]", "federated.evaluate_every=3"]
+    recipe = load_recipe("digits", [*settings, f"privacy.unit={unit}", "privacy.noise_multiplier=2.0"])
+    train_in_process(recipe, tmp_path, run="r", report=lambda row: None)
+    last = _rows(tmp_path)[-1]["owners_accuracy"]
+    assert isinstance(last, dict)
+    assert len(last["by_owner"]) == (0 if unit == "client" else 6)  # nobody learns who took part
+    assert _charged(tmp_path) == [(ROUNDS + 1, ROUNDS + 1)] * (1 if unit == "client" else 6)
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise ValueError("SECRET")
+
+
+@pytest.mark.parametrize("unit", ["record", "client"])
+def test_a_failing_owners_text_is_where_only_its_keeper_reads_it(
+    tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At client level not even the name of who failed is outside of the server's own folder."""
+    for method in ("update", "client_update"):
+        monkeypatch.setattr(LocalTrainer, method, _fail)
+    monkeypatch.setattr(Evaluator, "release", _fail)
+    settings = [*EVALUATING, f"privacy.unit={unit}"] + (["privacy.sample_rate=1.0"] if unit == "client" else [])
+    recipe, notes = load_recipe("digits", settings), []
+    try:
+        train_in_process(recipe, tmp_path, run="r", report=notes.append)
+    except FederationFailed as failed:
+        notes.append({"error": str(failed)})
+    private = tmp_path / "train" / "private"
+    holding = [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+    assert len(holding) == OWNERS
+    assert "SECRET" not in str(notes)
+    if unit == "record":
+        assert {path.parent.parent for path in holding} == {tmp_path / "owners"}
+        return
+    assert {path.parent for path in holding} == {private}
+    assert (private.stat().st_mode & 0o777, holding[0].stat().st_mode & 0o777) == (0o700, 0o600)
+    named = [p for p in tmp_path.rglob("*") if p.is_file() and b"owner-0" in p.read_bytes() + os.fsencode(p)]
+    assert {path.parent for path in named} == {private}
