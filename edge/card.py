@@ -1,32 +1,22 @@
-"""What a run states about itself: the privacy card and the summary."""
+"""What a run states about its privacy, from its ledger."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tacit.devices.durable import FileDamaged
+from tacit.edge.planning import Planned
 from tacit.edge.run_folder import RunFolder
-from tacit.federated.accounting import Event, reported_epsilon
+from tacit.federated.accounting import Event
 from tacit.federated.accounts import ADVERSARY, Account, find_ledgers, has_head, read_ledger, spend_of
 from tacit.federated.chain import ChainDamaged
-from tacit.federated.checkpoint import load_checkpoint, read_weights
+from tacit.federated.checkpoint import load_checkpoint
 from tacit.federated.client_app import describe_channels
-from tacit.federated.datasets import find_task
 from tacit.federated.mechanism import Mechanism
 
-__all__ = ["no_privacy_card", "privacy_card", "summarise", "versions"]
+__all__ = ["no_privacy_card", "privacy_card"]
 
-_PACKAGES = (
-    "tacit", "torch", "flwr", "opacus", "dp-accounting", "numpy", "onnx", "onnxscript", "onnxruntime",
-    "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning", "scikit-learn",
-)  # fmt: skip
-
-_VARIANT_KEYS = {"name", "format", "label", "bytes", "sha256", "pruned", "parity", "accuracy", "data_use"}
 _SIMULATED = (
     "Simulated: one process held every owner's data. ε bounds what the shipped files{released} "
     "reveal to someone who sees only these; {server} {noise}"
@@ -47,17 +37,22 @@ _BENCHMARK = "Public benchmark data: ε describes the mechanism, not protection 
 _VOID = "GUARANTEE VOID: batches and noise came from --unsafe-seed, so that whoever knows the seed sees through them."
 _RECORD = "One record is assumed to live at one owner."
 _TWIN = "trained without noise and uncharged, on public benchmark data only; its curve is shown, its model deleted"
+_ALL_RUNS = (
+    "All runs over these records that this ledger knows are in ε, tuning included; ε is PLD, for runs planned in "
+    "advance. For runs chosen by what earlier ones gave, the budget that the ledger kept is what holds."
+)
+_COHORT = "{owner} declared other records, uncharged until then: {reason}."
 _THIS_RUN = "This run alone: other runs over the same records, tuning included, add up."
 
 
 def privacy_card(
-    folder: RunFolder, mechanism: Mechanism, *, data_status: str, passes: Sequence[str], with_prv: bool = True
+    folder: RunFolder, plan: Planned, *, data_status: str, passes: Sequence[str], with_prv: bool = True
 ) -> dict[str, object]:
     """The privacy card of a finished training, from its ledger.
 
     Args:
         folder: the run.
-        mechanism: what the run planned.
+        plan: what the run planned to do to records.
         data_status: "private" or "public-benchmark".
         passes: "variant: pass (data use)" of every pass that will follow.
         with_prv: also ask Opacus' accountant, which takes seconds to import.
@@ -67,15 +62,17 @@ def privacy_card(
         ArithmeticError: accountants that disagree.
     """
     accounts, heads = _read_ledgers(folder.path)
-    _check_ledger(folder, accounts, mechanism)
-    costs = spend_of(accounts, mechanism.delta, with_prv=with_prv)
-    cost = max(costs, key=lambda spent: spent.epsilon)
+    _check_ledger(folder, accounts, plan)
+    costs = spend_of(accounts, plan.mechanism.delta, with_prv=with_prv)
+    cost, worst = max(zip(costs, accounts, strict=True), key=lambda pair: pair[0].epsilon)
+    mechanism = plan.of(worst.owner)
     noise = "Noise on an integer grid." if mechanism.hardened else "Noise not hardened."
     statement = [_VOID] if mechanism.void else []
     statement += [_SIMULATED.format(**_WORDS[mechanism.unit], noise=noise)]
     statement += [_BENCHMARK] if data_status == "public-benchmark" else []
     statement += [_RECORD] if mechanism.unit == "record" else []
-    statement += [_THIS_RUN]
+    statement += [_THIS_RUN if data_status == "public-benchmark" else _ALL_RUNS]
+    statement += [_COHORT.format(owner=a.owner, reason=c.reason) for a in accounts for c in a.cohorts]
     return {
         "unit": mechanism.unit,
         "relation": mechanism.relation,
@@ -95,7 +92,10 @@ def privacy_card(
         "reference_size": mechanism.reference_size,
         "steps_per_round": mechanism.steps_per_round,
         "participations_planned": mechanism.rounds,
-        "participations_charged": max(account.reserved for account in accounts),
+        "participations_charged": max(_participations(account, plan.of(account.owner), folder) for account in accounts),
+        **({"evaluation": _evaluation(plan.evaluation)} if plan.evaluation else {}),
+        **({"mechanism_by_owner": {n: _rates(made) for n, made in plan.own.items()}} if plan.own else {}),
+        **({"abstained": list(plan.abstained)} if plan.abstained else {}),
         "releases_failed": sum(account.failed for account in accounts),
         "reopened": sum(account.reopened for account in accounts),
         "scope": "simulated",
@@ -106,7 +106,7 @@ def privacy_card(
         "randomness": "VOID: seeded" if mechanism.void else "secret, from the operating system; no seed",
         "data_status": data_status,
         "code": "not signed",
-        "channels": [f"{name}: {how}" for name, how in describe_channels(mechanism.unit).items()],
+        "channels": [f"{name}: {how}" for name, how in _channels(plan).items()],
         **({"twin": _TWIN} if folder.recipe.report.twin and data_status == "public-benchmark" else {}),
         "later_passes": list(passes),
         "ledger_head": heads[0] if len(heads) == 1 else hashlib.sha256("".join(heads).encode()).hexdigest(),
@@ -115,16 +115,39 @@ def privacy_card(
     }
 
 
-def _check_ledger(folder: RunFolder, accounts: Sequence[Account], mechanism: Mechanism) -> None:
+def _of_run(account: Account, folder: RunFolder) -> Mapping[Event, int]:
+    """What an account was charged by this run: private sources have others on it."""
+    return account.history if account.status == "public-benchmark" else account.runs.get(folder.run, {})
+
+
+def _participations(account: Account, mechanism: Mechanism, folder: RunFolder) -> int:
+    return _of_run(account, folder).get(mechanism.event, 0) // mechanism.events_per_round
+
+
+def _evaluation(evaluation: Mechanism) -> dict[str, object]:
+    return {"planned": evaluation.rounds, **_rates(evaluation)}
+
+
+def _rates(mechanism: Mechanism) -> dict[str, object]:
+    return {"sample_rate": mechanism.sample_rate, "noise_multiplier": mechanism.noise_multiplier}
+
+
+def _channels(plan: Planned) -> Mapping[str, str]:
+    channels = dict(describe_channels(plan.mechanism.unit, evaluated=plan.evaluation is not None))
+    return channels | ({"owner sizes": "declared public"} if plan.mechanism.sizes == "public" else {})
+
+
+def _check_ledger(folder: RunFolder, accounts: Sequence[Account], plan: Planned) -> None:
     """A ledger that says less than the training did is not the training's.
 
     Raises:
         ChainDamaged: says in what.
     """
-    foreign = [a.owner for a in accounts if set(a.history) - {mechanism.event}]
+    foreign = [a.owner for a in accounts if set(_of_run(a, folder)) - set(plan.events_of(a.owner))]
     if foreign:
         raise ChainDamaged(f"expected charges of this recipe's mechanism, got others for {foreign[0]}; restore ledgers")
-    rounds, charged = len(_rounds(folder.train / "rounds.jsonl")), max(account.reserved for account in accounts)
+    rounds = len(folder.read_rounds())
+    charged = max(_participations(account, plan.of(account.owner), folder) for account in accounts)
     if charged < rounds:
         raise ChainDamaged(f"expected at least {rounds} participations, got {charged}; restore the newest ledger")
     newest, _ = load_checkpoint(folder.train / "checkpoint")
@@ -154,59 +177,6 @@ def _engine(folder: RunFolder) -> str:
     return "flwr run" if by_flower else f"in-process {folder.recipe.federated.engine}"
 
 
-def summarise(folder: RunFolder) -> dict[str, object]:
-    """Every number of the report, from the files of the run directory."""
-    privacy = folder.read_json(folder.named("privacy.json")) or {}
-    task = find_task(folder.recipe.task.name)
-    test = task.load().test
-    rounds = _rounds(folder.train / "rounds.jsonl")
-    twin = _rounds(folder.train / "twin" / "rounds.jsonl")
-    curve = _epsilon_curve(privacy, len(rounds))
-    measured = {path.stem: _measurement(folder, path) for path in _files(folder.path / "measure")}
-    return {
-        "schema_version": 1,
-        "task": folder.recipe.task.name,
-        "title": task.title,
-        "created": folder.created,
-        "accuracy": rounds[-1]["accuracy"] if rounds else None,
-        "accuracy_without_privacy": twin[-1]["accuracy"] if twin else None,
-        "test_examples": 0 if test is None else len(test),
-        "privacy": privacy,
-        "training": {
-            "rounds": [
-                {"round": r["round"], "accuracy": r["accuracy"], "epsilon": curve.get(int(str(r["round"])))}
-                for r in rounds
-            ],
-            "twin": [_shown(r) for r in twin],
-            "owners": folder.recipe.federated.owners,
-            "parameters": _parameters(folder),
-            "model": folder.recipe.model.family,
-        },
-        "variants": _variants(folder, measured),
-        "failed": _failures(folder, measured),
-        "devices": {name: content.get("facts", {}) for name, content in measured.items()},
-        "versions": versions(),
-        "wall_s": folder.wall_s(),
-        "recipe": (folder.path / "recipe.toml").read_text(encoding="utf-8"),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every installed package that a run rests on.
-
-    Example:
-        >>> versions()["python"] == platform.python_version()
-        True
-    """
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _read_ledgers(path: Path) -> tuple[list[Account], list[str]]:
     accounts: list[Account] = []
     heads: list[str] = []
@@ -217,69 +187,3 @@ def _read_ledgers(path: Path) -> tuple[list[Account], list[str]]:
     if not accounts:
         raise ChainDamaged(f"expected a ledger with entries in {path}, got none; restore it")
     return accounts, heads
-
-
-def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, object]]:
-    listed = []
-    for entry in folder.recipe.compression.variants:
-        variant = folder.read_json("variants", entry.name, "variant.json")
-        if variant is None:
-            continue
-        if not set(variant) >= _VARIANT_KEYS:
-            missing = ", ".join(sorted(_VARIANT_KEYS - set(variant)))
-            raise FileDamaged(f"expected {missing} in variants/{entry.name}/variant.json; run tacit compress again")
-        latency = {}
-        for device, content in measured.items():
-            artifacts = content.get("artifacts")
-            if isinstance(artifacts, dict) and entry.name in artifacts:
-                latency[device] = artifacts[entry.name]
-        listed.append({**variant, "latency": latency})
-    return listed
-
-
-def _measurement(folder: RunFolder, path: Path) -> dict[str, object]:
-    content = folder.read_json("measure", path.name) or {}
-    if not isinstance(content.get("artifacts"), dict) or not isinstance(content.get("failed"), dict):
-        raise FileDamaged(f"expected artifacts and failed as tables in {path}; run tacit measure again")
-    return content
-
-
-def _failures(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, str]]:
-    compress = folder.read_json("variants", ".failed.json") or {}
-    failed = [{"stage": "compress", "name": name, "reason": str(reason)} for name, reason in compress.items()]
-    for device, content in measured.items():
-        reasons = content.get("failed")
-        for name, reason in (reasons if isinstance(reasons, dict) else {}).items():
-            failed.append({"stage": f"measure {device}", "name": name, "reason": str(reason)})
-    return failed
-
-
-def _epsilon_curve(privacy: Mapping[str, object], rounds: int, points: int = 12) -> dict[int, float]:
-    """ε after some of the rounds, first and last included."""
-    if privacy.get("unit") in (None, "none"):
-        return {}
-    event = Event(
-        sample_rate=float(str(privacy["sample_rate"])), noise_multiplier=float(str(privacy["noise_multiplier"]))
-    )
-    steps = int(str(privacy["steps_per_round"])) if privacy["unit"] == "record" else 1
-    delta = float(str(privacy["delta"]))
-    chosen = sorted({round(1 + (rounds - 1) * i / (points - 1)) for i in range(points)})
-    curve = {r: reported_epsilon({event: r * steps}, delta, discretisation=1e-3) for r in chosen}
-    return {**curve, rounds: float(str(privacy["epsilon"]))}
-
-
-def _shown(row: Mapping[str, object]) -> dict[str, object]:
-    return {"round": row["round"], "accuracy": row["accuracy"]}
-
-
-def _parameters(folder: RunFolder) -> int:
-    weights = folder.train / "weights.safetensors"
-    return sum(array.size for array in read_weights(weights).values())
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json")) if folder.is_dir() else []
-
-
-def _rounds(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

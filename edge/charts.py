@@ -1,14 +1,12 @@
-"""The report's charts as SVG elements: no script, no embedded font, the same bytes for the same summary."""
+"""The report's charts of training, privacy and devices; `svg.py` turns them into elements of the page."""
 
-import io
 import math
-import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tacit.edge.svg import SERIES, Chart, Point, render, write_text
 from tacit.edge.wording import duration, epsilon, finite, percent, plain, size
 
 if TYPE_CHECKING:
@@ -16,12 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MARKERS", "Timing", "devices_of", "draw_charts", "runtimes_of", "spent_by_owner", "timings_of"]
 
-# report.css recolours exactly these for the dark theme, by the attribute's value.
-_INK, _GRID, _SERIES = "#1b1f24", "#d9dde2", ("#2f5fd0", "#b4540a", "#0f766e", "#8b3fae")
 MARKERS = (("o", "●"), ("D", "◆"), ("^", "▲"), ("s", "■"))  # matplotlib's name, and the same in a line of text
 _MOST_NAMED_OWNERS, _MOST_INTERVALS, _MOST_LABELS, _MOST_DEVICES = 24, 40, 16, 4
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -37,16 +31,6 @@ class Timing:
     p90_ci_us: Point | None
     size_bytes: float | None
     accuracy: float | None
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """A chart to be drawn; its name makes its identifiers unique on the page."""
-
-    name: str
-    title: str
-    draw: "Callable[[Axes], None]"
-    height_in: float
 
 
 # What there is to draw.
@@ -141,46 +125,46 @@ def draw_charts(summary: Mapping[str, Any]) -> dict[str, str]:
     training, spent = summary["training"], spent_by_owner(summary["privacy"])
     private, twin = _trace(training.get("rounds"), "accuracy"), _trace(training.get("twin"), "accuracy")
     budget = _trace(training.get("rounds"), "epsilon")
-    charts: list[_Chart] = []
+    charts: list[Chart] = []
     if private or twin:
         # Neither the owners' table nor a round's ε says it: both may be empty at client level.
         protected = summary["privacy"].get("unit", "none") != "none"
         curves = [("private" if protected else "this run", private), ("twin", twin)]
         draw = partial(_draw_curves, curves=curves, text=percent)
-        charts.append(_Chart("accuracy", "Accuracy over the rounds of training", draw, 3.1))
+        charts.append(Chart("accuracy", "Accuracy over the rounds of training", draw, 3.1))
     if budget:
         draw = partial(_draw_curves, curves=[("ε", budget)], text=epsilon)
-        charts.append(_Chart("budget", "ε spent after each round", draw, 3.1))
+        charts.append(Chart("budget", "ε spent after each round", draw, 3.1))
     if spent:
         height = 0.8 + 0.27 * min(len(spent), _MOST_NAMED_OWNERS)
-        charts.append(_Chart("owners", "ε per owner", partial(_draw_owners, spent=spent), height))
+        charts.append(Chart("owners", "ε per owner", partial(_draw_owners, spent=spent), height))
     charts += _device_charts(timings_of(summary))
-    return {chart.name: _svg(chart) for chart in charts}
+    return {chart.name: render(chart) for chart in charts}
 
 
-def _device_charts(timings: Sequence[Timing]) -> Iterator[_Chart]:
+def _device_charts(timings: Sequence[Timing]) -> Iterator[Chart]:
     runtimes = runtimes_of(timings)
     for index, device in enumerate(devices_of(timings)[:_MOST_DEVICES]):
         here = [t for t in timings if t.device == device]
         sized = [t for t in here if t.size_bytes is not None]
         if sized:
             draw = partial(_draw_front, timings=sized, runtimes=runtimes)
-            yield _Chart(f"front-{index}", f"Size against median latency on {device}", draw, 3.9)
+            yield Chart(f"front-{index}", f"Size against median latency on {device}", draw, 3.9)
         rows = here[:_MOST_INTERVALS]
         draw = partial(_draw_intervals, timings=rows, runtimes=runtimes)
         height = 0.9 + (0.5 if len(rows) < 8 else 0.36) * len(rows)
-        yield _Chart(f"latency-{index}", f"Latency from median to 90th percentile on {device}", draw, height)
+        yield Chart(f"latency-{index}", f"Latency from median to 90th percentile on {device}", draw, height)
 
 
 def _draw_curves(axes: "Axes", *, curves: Sequence[tuple[str, Sequence[Point]]], text: Callable[[object], str]) -> None:
-    drawn = [(name, xy, color) for (name, xy), color in zip(curves, _SERIES, strict=False) if xy]
+    drawn = [(name, xy, color) for (name, xy), color in zip(curves, SERIES, strict=False) if xy]
     for _, xy, color in drawn:
         axes.plot(*zip(*xy, strict=True), color=color, linewidth=2, marker="o" if len(xy) < 3 else None)
     low, high = axes.get_ylim()
     ends = [(name, xy[-1], color) for name, xy, color in drawn]
     shifts = _spread([(y - low) / (high - low) * 190 for _, (_, y), _ in ends], gap=16)
     for (name, (x, y), color), shift in zip(ends, shifts, strict=True):
-        _write(axes, f"{name} {text(y)}", (x, y), offset=(7, shift), color=color)
+        write_text(axes, f"{name} {text(y)}", (x, y), offset=(7, shift), color=color)
     axes.yaxis.set_major_formatter(lambda y, _: percent(y) if text is percent else plain(float(y)))
     axes.set_xlabel("round")
 
@@ -188,14 +172,14 @@ def _draw_curves(axes: "Axes", *, curves: Sequence[tuple[str, Sequence[Point]]],
 def _draw_owners(axes: "Axes", *, spent: Sequence[tuple[str, float]]) -> None:
     """Draw one bar an owner, or the distribution where the owners are too many to name."""
     if len(spent) > _MOST_NAMED_OWNERS:
-        axes.hist([value for _, value in spent], bins=20, color=_SERIES[0])
+        axes.hist([value for _, value in spent], bins=20, color=SERIES[0])
         axes.set_ylabel("owners")
         axes.set_xlabel("ε")
         return
     rows = range(len(spent))
-    axes.barh(rows, [value for _, value in spent], color=_SERIES[0], height=0.62)
+    axes.barh(rows, [value for _, value in spent], color=SERIES[0], height=0.62)
     for row, (_, value) in zip(rows, spent, strict=True):
-        _write(axes, epsilon(value), (value, row), offset=(5, 0))
+        write_text(axes, epsilon(value), (value, row), offset=(5, 0))
     _name_rows(axes, [owner for owner, _ in spent])
     axes.set_xlim(0, spent[0][1] * 1.14 or 1)
     axes.set_xlabel("ε")
@@ -208,7 +192,7 @@ def _draw_front(axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[s
     axes.margins(0.2)
     for t, y in zip(timings, ys, strict=True):
         index = runtimes.index(t.runtime) % 4
-        axes.plot([t.p50_us], [y], linestyle="", marker=MARKERS[index][0], markersize=8, color=_SERIES[index])
+        axes.plot([t.p50_us], [y], linestyle="", marker=MARKERS[index][0], markersize=8, color=SERIES[index])
     axes.set_ylim(bottom=0)
     if len(timings) <= _MOST_LABELS:
         names = [f"{_short(t.variant)} {percent(t.accuracy)}" for t in timings]
@@ -221,7 +205,7 @@ def _draw_front(axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[s
 def _draw_intervals(axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[str]) -> None:
     """Draw p50 to p90 as a bar and both confidence intervals as whiskers, one row a variant."""
     for row, t in enumerate(timings):
-        color = _SERIES[runtimes.index(t.runtime) % 4]
+        color = SERIES[runtimes.index(t.runtime) % 4]
         axes.plot([t.p50_us, t.p90_us or t.p50_us], [row, row], color=color, linewidth=7, alpha=0.45)
         for value, interval in ((t.p50_us, t.p50_ci_us), (t.p90_us, t.p90_ci_us)):
             if value is not None:
@@ -245,7 +229,7 @@ def _label_points(axes: "Axes", places: Sequence[Point], names: Sequence[str]) -
         free = [box[0] > -10 and box[1] < width and all(_apart(box, other) for other in taken) for box in boxes]
         best = free.index(True) if True in free else 0
         taken.append(boxes[best])
-        _write(axes, name, place, offset=offers[best], left=offers[best][0] < 0)
+        write_text(axes, name, place, offset=offers[best], left=offers[best][0] < 0)
 
 
 def _apart(box: Sequence[float], other: Sequence[float]) -> bool:
@@ -265,64 +249,8 @@ def _short(text: str, length: int = 22) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _write(axes: "Axes", text: str, xy: Point, *, offset: Point, color: str = _INK, left: bool = False) -> None:
-    side = "right" if left else "left"
-    axes.annotate(
-        text, xy, offset, textcoords="offset points", ha=side, va="center", color=color, fontsize=11.5, parse_math=False
-    )
-
-
 def _name_rows(axes: "Axes", names: Sequence[str]) -> None:
     for label in axes.set_yticks(range(len(names)), [_short(name) for name in names]):
         label.label1.set_parse_math(False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
-
-
-def _svg(chart: _Chart) -> str:
-    """Return a chart as an SVG element whose identifiers are its own and whose style is only attributes."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    target = io.BytesIO()
-    with mpl.rc_context(), warnings.catch_warnings():
-        # The reader's browser draws the text, so it does not matter that DejaVu lacks the glyphs of a name.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-        mpl.rcdefaults()
-        mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tacit", "font.size": 11.5, "text.color": _INK})
-        figure = Figure(figsize=(5.0, chart.height_in), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_GRID)
-        axes.tick_params(length=0, pad=7, labelcolor=_INK)
-        axes.grid(color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        chart.draw(axes)
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inlined(ET.fromstring(target.getvalue()), name=chart.name, title=chart.title)  # noqa: S314  matplotlib's own output
-
-
-def _inlined(svg: ET.Element, *, name: str, title: str) -> str:
-    for parent in list(svg.iter()):
-        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:
-            parent.remove(child)
-    for marker in svg.findall(".//{*}defs/{*}path"):
-        marker.attrib.pop("style", None)  # inherited from each use of it, which the theme can recolour
-    for element in svg.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        declarations = (d.partition(":") for d in attributes.pop("style", "").split(";") if d.strip())
-        attributes |= {key.strip(): value.strip() for key, _, value in declarations}
-        attributes.pop("font-family", None)  # the page's
-        for key, value in attributes.items():
-            own = f"{name}-{value}" if key == "id" else value.replace("url(#", f"url(#{name}-")
-            attributes[key] = f"#{name}-{value[1:]}" if key == "href" else own
-        element.attrib = attributes
-    svg.attrib = {"viewBox": svg.get("viewBox", ""), "role": "img", "aria-labelledby": f"{name}-title"}
-    svg.attrib |= {"stroke-linejoin": "round", "class": "chart"}
-    heading = ET.Element("title", {"id": f"{name}-title"})
-    heading.text = title
-    svg.insert(0, heading)
-    return ET.tostring(svg, encoding="unicode")

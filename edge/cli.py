@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from tacit.edge import cli_budget, cli_setup, cli_stages
+from tacit.edge import cli_audit, cli_budget, cli_setup, cli_stages
 from tacit.edge.cli_output import Outcome
 
 __all__ = ["app", "main"]
@@ -26,10 +26,12 @@ Format = Literal["text", "json"]
 _CODES = {
     "CycloptsError": 2,
     "RecipeInvalid": 2,
+    "PolicyInvalid": 2,
     "FolderMismatch": 2,
     "DataProblem": 3,
     "RecipeRefused": 4,
     "PrivacyRefused": 4,
+    "AuditFailed": 4,
     "ArithmeticError": 4,
     "FederationFailed": 5,
     "FolderHeld": 5,
@@ -51,7 +53,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # it would leave in silence; we say how to go on
 )
 app.meta.group_parameters = Group("Global options", sort_key=99)
-for _commands in (cli_stages, cli_setup, cli_budget):
+for _commands in (cli_stages, cli_setup, cli_budget, cli_audit):
     _commands.register(app)
 
 

@@ -133,13 +133,25 @@ def _summary_outcome(summary: Mapping[str, object], folder: Path) -> Outcome:
     lines = [f"accuracy  {_percent(summary['accuracy'])}{_gap(summary)}"]
     if isinstance(privacy, dict):
         lines.append(_wrapped(f"privacy   {privacy_line(privacy)}"))
-    if isinstance(variants, list):
+    lines += _owners_line(summary)
+    if isinstance(variants, list) and variants:
         lines += ["", *_variant_lines(variants)]
     if isinstance(failed, list):
         lines += [f"failed    {entry['stage']} {entry['name']}: {entry['reason']}" for entry in failed]
     page = next(folder.glob("report*.html"), folder)
     lines += ["", f"report    {page}"]
     return Outcome(text="\n".join(lines), data=summary, code=8 if failed else 0)
+
+
+def _owners_line(summary: Mapping[str, object]) -> list[str]:
+    training = summary.get("training")
+    found = training.get("owners_accuracy") if isinstance(training, dict) else None
+    if not isinstance(found, dict) or found.get("mean") is None:
+        return []
+    by_owner = [entry["accuracy"] for entry in (found.get("by_owner") or {}).values()]
+    spread = f"; from {_percent(min(by_owner))} to {_percent(max(by_owner))} by owner" if by_owner else ""
+    interval = f" ({100 * found['low']:.1f} to {100 * found['high']:.1f})" if found["noise_sd"] else ""
+    return [_wrapped(f"owners    {_percent(found['mean'])}{interval} on their own records{spread}")]
 
 
 def _gap(summary: Mapping[str, object]) -> str:

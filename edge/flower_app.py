@@ -2,129 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
-import torch
 from flwr.app import Context, RecordDict
 
+from tacit.edge.composition import Composition, build_model, compose
+from tacit.edge.planning import Role
 from tacit.edge.recipe import Recipe, load_recipe
-from tacit.federated import partition
-from tacit.federated.accounting import spend
 from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
 from tacit.federated.client_app import CohortGate, Owner, OwnerGate, make_client_app
 from tacit.federated.clipping import AdaptiveClip
 from tacit.federated.cohorts import PoissonCohorts
-from tacit.federated.datasets import find_task
+from tacit.federated.evaluation import Evaluations
+from tacit.federated.fingerprint import fingerprint
 from tacit.federated.grid import InProcessGrid, quiet_flower
+from tacit.federated.home import fingerprint_key, home_folder, home_ledger, owner_folder
 from tacit.federated.ledger import Ledger
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
-from tacit.federated.noise import Randomness, SecretGenerator, SeededGenerator, public_seed
 from tacit.federated.outbox import Outbox
-from tacit.federated.secure_noise import SecureGenerator
+from tacit.federated.policy import load_policy
 from tacit.federated.server_app import LedgerView, ServerPlan, make_server_app
-from tacit.federated.task import Data, DataProblem, Model, Records, Task, accuracy, initial_model
-from tacit.federated.train import Arrays, LocalTrainer, read_arrays, write_arrays
+from tacit.federated.task import accuracy
+from tacit.federated.train import Arrays, read_arrays, write_arrays
+from tacit.federated.turns import Book
 
-__all__ = ["Composition", "check_plan", "client_app", "compose", "mechanism_of", "server_app", "train_in_process"]
+__all__ = ["client_app", "server_app", "server_plan", "train_in_process"]
 
 Report = Callable[[Mapping[str, object]], None]
-Draw = Callable[..., Randomness]  # by purpose
-Role = Literal["private", "twin"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Composition:
-    """What a recipe comes to: task, data, model, mechanism and who holds which records."""
-
-    recipe: Recipe
-    task: Task
-    data: Data
-    model: Model
-    mechanism: Mechanism
-    owners: tuple[Owner, ...]
-    draw: Draw
-
-    @property
-    def budget(self) -> float:
-        """The ε that each owner's ledger holds to."""
-        return self.recipe.privacy.epsilon or self.mechanism.planned_epsilon()
-
-    def open_ledger(self, path: Path, outbox: Path) -> Ledger:
-        """Opens a ledger with the recipe's budget, its plan evaluated once."""
-        ledger = Ledger(path, Outbox(outbox), epsilon=self.budget, delta=self.mechanism.delta)
-        ledger.plan(self.mechanism.event, self.mechanism.rounds * self.mechanism.events_per_round)
-        return ledger
-
-
-def compose(recipe: Recipe, folder: Path, *, role: Role = "private", unsafe_seed: int | None = None) -> Composition:
-    """Builds what a recipe describes, checking everything before a record is trained on.
-
-    Args:
-        recipe: resolved.
-        folder: the run directory; owners' logs go below it.
-        role: "twin" for the same recipe with the noise left out and public randomness.
-        unsafe_seed: makes the secret class of randomness reproducible, which voids the guarantee.
-
-    Returns:
-        Its owners have no gate yet.
-
-    Raises:
-        DataProblem: an owner without records.
-        PrivacyRefused: a model whose layers mix records.
-        ValueError: a task or model that cannot be built.
-    """
-    torch.set_num_threads(1)  # sums in the same order on every machine, and owners that do not fight over cores
-    task = find_task(recipe.task.name)
-    model = build_model(recipe)
-    mechanism = replace(mechanism_of(recipe, role), void=unsafe_seed is not None)
-    federated = recipe.federated
-    trainer = LocalTrainer(
-        task, model, mechanism, learning_rate=federated.learning_rate, batch_rate=federated.batch_rate
-    )
-    data = task.load()
-    if mechanism.void and data.status != "public-benchmark":
-        raise PrivacyRefused("expected public benchmark data for --unsafe-seed, got private data; nothing may be void")
-    count, read = _reader(recipe, data)
-    draw = _randomness(mechanism, federated.seed if unsafe_seed is None else unsafe_seed)
-
-    def randomness(name: str) -> Callable[[int], Randomness]:
-        return lambda server_round: draw("batch", name, server_round)
-
-    owners = tuple(
-        Owner(
-            name=name,
-            index=index,
-            source=task.name,
-            mechanism=mechanism,
-            trainer=trainer,
-            records=partial(read, index),
-            randomness=randomness(name),
-            gate=None,
-            log=folder / "owners" / name / "errors.log",
-        )
-        for index, name in enumerate(partition.owner_names(count))
-    )
-    return Composition(recipe=recipe, task=task, data=data, model=model, mechanism=mechanism, owners=owners, draw=draw)
-
-
-def build_model(recipe: Recipe) -> Model:
-    """The recipe's untrained model.
-
-    Raises:
-        ValueError: parameters that do not fit together.
-
-    Example:
-        >>> sum(parameter.numel() for parameter in build_model(load_recipe("digits")).parameters())
-        10026
-    """
-    task = find_task(recipe.task.name)
-    parameters = recipe.model.model_dump(exclude={"family"})
-    return initial_model(task, parameters, recipe.federated.seed)
 
 
 def train_in_process(
@@ -153,17 +60,17 @@ def train_in_process(
     composition = compose(recipe, folder, role=role, unsafe_seed=unsafe_seed)
     ledger, gate = None, None
     if composition.mechanism.private:
-        ledger = composition.open_ledger(folder / "ledger.jsonl", folder / "train" / "outbox")
+        ledger = composition.open_book(folder, run)
         if composition.mechanism.unit != "client":
             gate = CohortGate(ledger, _by_partition(composition.owners))
         if ledger.repaired:
             report({"note": ledger.repaired})
     try:
-        contexts = {index + 2: _context(index, len(composition.owners)) for index in range(len(composition.owners))}
+        contexts = {owner.index + 2: _context(owner.index, len(composition.owners)) for owner in composition.owners}
         guarded = [replace(owner, gate=gate) for owner in composition.owners]
         grid = InProcessGrid(make_client_app(_by_partition(guarded)), contexts, gate)
         target = folder / "train" if role == "private" else folder / "train" / "twin"
-        plan = _server_plan(composition, target, run=run, report=report, ledger=ledger)
+        plan = server_plan(composition, target, run=run, report=report, ledger=ledger)
         make_server_app(lambda _: plan)(grid, _context(-1, len(composition.owners)))
     finally:
         if ledger is not None:
@@ -172,18 +79,19 @@ def train_in_process(
 
 
 def _by_partition(owners: Sequence[Owner]) -> Callable[[Context], Owner]:
+    by_index = {owner.index: owner for owner in owners}
+
     def find(context: Context) -> Owner:
         index = int(context.node_config["partition-id"])
-        if not 0 <= index < len(owners):
+        if index not in by_index:
             raise ValueError(f"expected one of {len(owners)} owners, got partition {index}; start fewer nodes")
-        return owners[index]
+        return by_index[index]
 
     return find
 
 
-def _server_plan(
-    composition: Composition, folder: Path, *, run: str, report: Report, ledger: Ledger | None
-) -> ServerPlan:
+def server_plan(composition: Composition, folder: Path, *, run: str, report: Report, ledger: Book | None) -> ServerPlan:
+    """What the server of a composition does, with the ledger that it may look at."""
     federated = composition.recipe.federated
     scratch, client_level = build_model(composition.recipe), composition.mechanism.unit == "client"
     test = composition.data.test
@@ -201,84 +109,17 @@ def _server_plan(
         # Who answers is secret at client level, so its quorum is counted before the draw.
         quorum=0 if client_level else federated.quorum or 1,
         secret_cohorts=client_level,
-        resumed=bool(ledger and ledger.accounts) or (folder / "checkpoint").is_dir(),
+        resumed=any(run in account.runs for account in (ledger.accounts if ledger else {}).values())
+        or (folder / "checkpoint").is_dir(),
         strategy=_strategy(composition, ledger if client_level else None),
         ledger=LedgerView(lambda: ledger.head, ledger.seen, ledger.discard_before) if ledger else None,
         evaluate=evaluate,
         progress=report,
+        owner_names=[owner.name for owner in composition.owners],
     )
 
 
-def mechanism_of(recipe: Recipe, role: Role = "private") -> Mechanism:
-    """The mechanism that a recipe's constants come to; calibrating its noise takes about a second.
-
-    Example:
-        >>> mechanism_of(load_recipe("digits", ["privacy.noise_multiplier=1.5"])).noise_multiplier
-        1.5
-    """
-    privacy, federated = recipe.privacy, recipe.federated
-    silent = Mechanism(
-        unit=privacy.unit,
-        sample_rate=privacy.sample_rate or 1.0,
-        max_grad_norm=math.inf if privacy.max_grad_norm is None else privacy.max_grad_norm,
-        noise_multiplier=0.0,
-        steps_per_round=federated.local_steps,
-        rounds=federated.rounds,
-        reference_size=privacy.reference_size or 1,
-        delta=privacy.delta,
-        twin=privacy.unit != "none",
-        hardened=privacy.noise == "hardened",
-    )
-    if role == "twin" or privacy.unit == "none":
-        return silent
-    if privacy.noise_multiplier is not None:
-        return replace(silent, noise_multiplier=privacy.noise_multiplier, twin=False)
-    return silent.calibrated(privacy.epsilon or 0.0)
-
-
-def check_plan(recipe: Recipe) -> None:
-    """What would stop a run, or spoil its end, asked before its beginning.
-
-    Raises:
-        DataProblem: an owner without records.
-        PrivacyRefused: a plan whose ε is not finite, or on which the accountants disagree.
-    """
-    _reader(recipe, find_task(recipe.task.name).load())
-    mechanism = mechanism_of(recipe)
-    if not mechanism.private:
-        return
-    try:
-        epsilon = spend(mechanism.plan, mechanism.delta).epsilon
-    except (ArithmeticError, ValueError, MemoryError) as error:
-        raise PrivacyRefused(f"expected a plan that the accountants agree on, got: {error}") from None
-    if not math.isfinite(epsilon):
-        raise PrivacyRefused(f"expected a finite ε, got {epsilon} for noise_multiplier={mechanism.noise_multiplier}")
-
-
-def _reader(recipe: Recipe, data: Data) -> tuple[int, Callable[[int], Records]]:
-    """How many owners there are, and what reads the records of each."""
-    federated = recipe.federated
-    if federated.partition == "natural":
-        if data.of_owner is None:
-            raise DataProblem(
-                f"expected data that come by owner for federated.partition='natural', got task {recipe.task.name!r}; "
-                "use dirichlet or iid"
-            )
-        return federated.owners, data.of_owner
-    if data.private is None:
-        raise DataProblem(
-            f"expected federated.partition='natural' for task {recipe.task.name!r}, whose data come by owner, "
-            f"got {federated.partition!r}"
-        )
-    pool, labels = data.private, data.private.labels
-    if federated.partition == "iid":
-        shares = partition.iid(labels, federated.owners, seed=federated.seed)
-    else:
-        shares = partition.dirichlet(labels, federated.owners, alpha=federated.alpha, seed=federated.seed)
-    return len(shares), lambda index: pool.take(shares[index])
-
-
-def _strategy(composition: Composition, ledger: Ledger | None) -> FederatedAveraging | PoissonCohorts:
+def _strategy(composition: Composition, ledger: Book | None) -> FederatedAveraging | PoissonCohorts:
     recipe, mechanism = composition.recipe, composition.mechanism
     federated = recipe.federated
     optimizer = ServerOptimizer(
@@ -286,8 +127,18 @@ def _strategy(composition: Composition, ledger: Ledger | None) -> FederatedAvera
         momentum=federated.server_momentum if federated.strategy == "fedavgm" else 0.0,
         schedule=federated.schedule,
     )
+    evaluations = None
+    if composition.plan.evaluation is not None:
+        evaluations = Evaluations(
+            mechanism=composition.plan.evaluation, rounds=federated.rounds, every=federated.evaluate_every
+        )
     if mechanism.unit != "client":
-        return FederatedAveraging(rounds=federated.rounds, optimizer=optimizer)
+        weights = None
+        if federated.weights == "size":
+            weights = {owner.index: float(composition.sizes[owner.name]) for owner in composition.owners}
+        return FederatedAveraging(
+            rounds=federated.rounds, optimizer=optimizer, evaluations=evaluations, weights=weights
+        )
     return PoissonCohorts(
         mechanism=mechanism,
         rounds=federated.rounds,
@@ -297,15 +148,8 @@ def _strategy(composition: Composition, ledger: Ledger | None) -> FederatedAvera
         quorum=federated.quorum or 1,
         ledger=ledger,
         clip=_adaptive_clip(recipe, mechanism),
+        evaluations=evaluations,
     )
-
-
-def _randomness(mechanism: Mechanism, seed: int) -> Draw:
-    """What batches, cohorts and noise are drawn from; only a run that claims nothing, or is void, has a seed for it."""
-    if not mechanism.private or mechanism.void:
-        return lambda *purpose: SeededGenerator(public_seed(seed, *purpose))
-    secret = SecureGenerator() if mechanism.hardened else SecretGenerator()
-    return lambda *_: secret
 
 
 def _adaptive_clip(recipe: Recipe, mechanism: Mechanism) -> AdaptiveClip | None:
@@ -331,34 +175,66 @@ def _context(index: int, owners: int) -> Context:
 
 
 @lru_cache(maxsize=1)
-def _deployed(recipe_source: str, out: str) -> Composition:
-    folder = Path(out)
-    recipe = load_recipe(recipe_source)
-
-    composition = compose(recipe, folder)
-    if not composition.mechanism.private or composition.mechanism.unit == "client":
-        return composition
-
-    def gate(name: str) -> OwnerGate:
-        home = folder / "owners" / name
-        return OwnerGate(lambda: composition.open_ledger(home / "ledger.jsonl", home / "outbox"))
-
-    return replace(composition, owners=tuple(replace(owner, gate=gate(owner.name)) for owner in composition.owners))
+def _composed(recipe_source: str, out: str, deployed: bool) -> Composition:
+    return compose(load_recipe(recipe_source), Path(out), deployed=deployed)
 
 
-def _from_run_config(context: Context) -> Composition:
+def _from_run_config(context: Context, *, deployed: bool) -> Composition:
     config = context.run_config
-    return _deployed(str(config["recipe"]), str(Path(str(config["out"])).expanduser().resolve()))
+    return _composed(str(config["recipe"]), str(Path(str(config["out"])).expanduser().resolve()), deployed)
 
 
 def _find_owner(context: Context) -> Owner:
-    return _by_partition(_from_run_config(context).owners)(context)
+    """The owner of a node: a simulated one, or whoever `owner` in the node's own configuration names.
+
+    Raises:
+        FileNotFoundError: a deployed owner without an owner.toml; nothing is done for anybody without one.
+    """
+    name = context.node_config.get("owner")
+    composition = _from_run_config(context, deployed=name is not None)
+    owner = _by_partition(composition.owners)(context)
+    if name is not None:
+        owner = replace(owner, name=str(name), log=owner_folder(home_folder(), str(name)) / "errors.log")
+    if not composition.mechanism.private or composition.mechanism.unit == "client":
+        return owner
+    if name is None and composition.data.status == "public-benchmark":
+        own = Path(str(context.run_config["out"])).expanduser().resolve() / "owners" / owner.name
+        return replace(owner, gate=OwnerGate(lambda: _simulated_ledger(composition, own)))
+    return replace(owner, gate=OwnerGate(lambda: _ledger_at_home(composition, owner, deployed=name is not None)))
+
+
+def _simulated_ledger(composition: Composition, folder: Path) -> Ledger:
+    outbox = Outbox(folder / "outbox")
+    ledger = Ledger(folder / "ledger.jsonl", outbox, epsilon=composition.budget, delta=composition.mechanism.delta)
+    composition.fix_plan(ledger)
+    return ledger
+
+
+def _ledger_at_home(composition: Composition, owner: Owner, *, deployed: bool) -> Ledger:
+    """An owner's own ledger, and in deployment its own policy: both outlive the run, and no server changes them."""
+    home, private = home_folder(), composition.data.status == "private"
+    epsilon, delta = composition.budget, composition.mechanism.delta
+    policy = load_policy(home / "owner.toml") if deployed else None
+    if policy is not None:
+        epsilon, delta = policy.terms_of(owner.source).budget(epsilon, delta)
+    folder = owner_folder(home, owner.name)
+    ledger = Ledger(
+        home_ledger(home, owner.name, owner.source),
+        Outbox(folder / f"{owner.source}.outbox"),
+        epsilon=epsilon,
+        delta=delta,
+        status=composition.data.status,
+        data={owner.name: fingerprint(owner.records(), fingerprint_key(home, owner.name))} if private else {},
+        objection=policy.objection(composition.recipe.digest()) if policy else lambda *_: None,
+    )
+    ledger.plan(composition.plan.events_of(owner.name))
+    return ledger
 
 
 def _find_plan(context: Context) -> ServerPlan:
     from tacit.edge.run_folder import RunFolder
 
-    composition = _from_run_config(context)
+    composition = _from_run_config(context, deployed=bool(context.run_config.get("deployed", False)))
     folder = RunFolder(Path(str(context.run_config["out"])).expanduser().resolve(), composition.recipe)
 
     def report(row: Mapping[str, object]) -> None:
@@ -366,8 +242,8 @@ def _find_plan(context: Context) -> ServerPlan:
 
     ledger = None
     if composition.mechanism.private and composition.mechanism.unit == "client":
-        ledger = composition.open_ledger(folder.path / "ledger.jsonl", folder.train / "outbox")
-    return _server_plan(composition, folder.train, run=folder.run, report=report, ledger=ledger)
+        ledger = composition.open_book(folder.path, folder.run)
+    return server_plan(composition, folder.train, run=folder.run, report=report, ledger=ledger)
 
 
 client_app = make_client_app(_find_owner)

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,14 +144,17 @@ def _need_training(folder: RunFolder) -> None:
 def _check(recipe: Recipe, where: str, progress: Progress) -> None:
     """What can be known to be wrong before a folder is touched and a record is charged."""
     progress.begin("prepare", 1)
-    from tacit.edge.flower_app import build_model, check_plan
+    from tacit.edge.composition import build_model
+    from tacit.edge.planning import check_plan, delta_note
 
     try:
         _specs(recipe)
         build_model(recipe)
     except ValueError as error:
         raise RecipeInvalid(str(error), where) from None
-    check_plan(recipe)
+    loose = delta_note(check_plan(recipe))
+    if loose:
+        progress.note(loose)
     progress.end("recipe, model and data fit")
 
 
@@ -205,18 +207,18 @@ def _train(folder: RunFolder, progress: Progress) -> Twin:
 def _state_privacy(folder: RunFolder) -> dict[str, object]:
     """The privacy card, fixed once the last private access is over; artifacts are stamped with its digest."""
     from tacit.edge.card import no_privacy_card, privacy_card
-    from tacit.edge.flower_app import mechanism_of
+    from tacit.edge.planning import planned
     from tacit.federated.datasets import find_task
 
     recipe = folder.recipe
-    mechanism = replace(mechanism_of(recipe), void=folder.unsafe_seed is not None)
+    data = find_task(recipe.task.name).load()
+    plan = planned(recipe, data, void=folder.unsafe_seed is not None)
     written = folder.read_json(folder.named("privacy.json"))
-    if not mechanism.private:
+    if not plan.mechanism.private:
         card = no_privacy_card(folder)
     else:
         passes = [f"{s.name}: {p.name} ({_USED[p.data_use]})" for s in _specs(recipe) for p in s.passes]
-        status = find_task(recipe.task.name).load().status
-        card = privacy_card(folder, mechanism, data_status=status, passes=passes, with_prv=written is None)
+        card = privacy_card(folder, plan, data_status=data.status, passes=passes, with_prv=written is None)
     if written is not None:
         _compare_cards(folder, written, card)
         return written
@@ -292,8 +294,8 @@ def _covers(content: Mapping[str, object], artifacts: Sequence[Artifact]) -> boo
 
 
 def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:
-    from tacit.edge.card import summarise
     from tacit.edge.report import write_report
+    from tacit.edge.summary import summarise
 
     with _timed(folder, "report"):
         progress.begin("report", 1)

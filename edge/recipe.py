@@ -60,6 +60,9 @@ class FederatedTable(_Table):
     schedule: Literal["constant", "cosine"] = "cosine"
     engine: Literal["auto", "sequential"] = "auto"
     quorum: Count | None = None
+    weights: Literal["uniform", "size", "bounded"] = "uniform"
+    weight_cap: Count | None = None
+    evaluate_every: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
 
 
@@ -68,14 +71,18 @@ class PrivacyTable(_Table):
 
     unit: Literal["record", "client", "local", "none"] = "record"
     epsilon: Positive | None = None
+    budget: Positive | None = None
     noise_multiplier: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     max_grad_norm: Positive | None = None
     sample_rate: Probability | None = None
     reference_size: Count | None = None
-    noise: Literal["fast", "hardened"] = "fast"
+    sizes: Literal["secret", "public"] = "secret"
+    min_size: Count = 1
+    noise: Literal["auto", "fast", "hardened"] = "auto"
     clip: Literal["fixed", "adaptive"] = "fixed"
     target_quantile: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
+    evaluation_noise_multiplier: Positive = 10.0
 
 
 class VariantTable(_Table):
@@ -216,17 +223,46 @@ def _resolve(recipe: Recipe, content: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"privacy": privacy, "federated": federated})
 
 
+def _refuse_sizes(recipe: Recipe) -> None:
+    """What asks for owners' sizes where they are secret, or for a cap that nothing uses."""
+    privacy, federated = recipe.privacy, recipe.federated
+    if privacy.sizes == "public" and privacy.unit not in ("record", "none"):
+        raise RecipeRefused(
+            f"expected privacy.sizes='secret' with privacy.unit={privacy.unit!r}, got 'public'; its guarantee covers "
+            "how much an owner holds"
+        )
+    if privacy.min_size > 1 and privacy.sizes == "secret" and privacy.unit != "none":
+        raise RecipeRefused(
+            f"expected privacy.sizes='public' with privacy.min_size={privacy.min_size}, got 'secret'; "
+            "who abstains tells how much an owner holds"
+        )
+    if (federated.weight_cap is None) == (federated.weights == "bounded"):
+        raise RecipeRefused(
+            f"expected federated.weight_cap with federated.weights='bounded' and only there, got weight_cap="
+            f"{federated.weight_cap} with {federated.weights!r}"
+        )
+    if federated.weights == "bounded" and privacy.unit != "client":
+        raise RecipeRefused(
+            f"expected federated.weights='uniform' or 'size' with privacy.unit={privacy.unit!r}, got 'bounded'"
+        )
+
+
 def _features(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """What shapes a run's releases, with the conditions that our code meets."""
     federated = recipe.federated
-    # Weights are uniform; a quorum is counted before the draw; momentum comes after the noise.
-    used: dict[str, tuple[str, ...]] = {
-        federated.strategy: ("public weights", "uniform or bounded weights", "after the noise")
-    }
+    weighed = {
+        "uniform": ("public weights", "uniform or bounded weights"),
+        "bounded": ("uniform or bounded weights",),
+        "size": ("public weights",) if recipe.privacy.sizes == "public" else (),
+    }[federated.weights]
+    # A quorum is counted before the draw; momentum comes after the noise.
+    used: dict[str, tuple[str, ...]] = {federated.strategy: ("after the noise",), "fedavg": weighed}
     used["quorum"] = ("before the draw",)
     used["dropout"] = ("an upload made is charged even if unused", "a missing client contributes 0")
     if recipe.privacy.clip == "adaptive":
         used["adaptive clip"] = ("z < 2 sigma_b",)  # the smallest sigma_b is 2z
+    if federated.evaluate_every:
+        used["client metrics"] = ("noised and charged", "inside the clipped vector")
     return used
 
 
@@ -241,17 +277,15 @@ def _resolve_privacy(recipe: Recipe, given: Mapping[str, Any]) -> PrivacyTable:
         filled["reference_size"] = {"client": recipe.federated.owners, "local": 1}.get(privacy.unit, 128)
     if (why := refusal(privacy.unit, _features(recipe))) is not None:
         raise RecipeRefused(why)
+    _refuse_sizes(recipe)
     if privacy.clip == "adaptive" and privacy.unit == "none":
         raise RecipeRefused(
             "expected privacy.clip='fixed' with privacy.unit='none', got 'adaptive'; nothing is clipped"
         )
-    if privacy.noise == "hardened" and (privacy.clip == "adaptive" or privacy.unit == "none"):
-        raise RecipeRefused(
-            "expected privacy.noise='fast' with privacy.clip='adaptive' or privacy.unit='none', got 'hardened'; "
-            "the noise on bits is not on the grid, and without a guarantee there is none"
-        )
+    if privacy.noise == "hardened" and privacy.unit == "none":
+        raise RecipeRefused("expected privacy.noise='auto' with privacy.unit='none', got 'hardened'; there is no noise")
     if privacy.unit == "none":
-        spare = [key for key in ("epsilon", "noise_multiplier") if given.get(key) is not None]
+        spare = [key for key in ("epsilon", "noise_multiplier", "budget") if given.get(key) is not None]
         if spare:
             raise RecipeRefused(f"expected no privacy.{spare[0]} with privacy.unit='none', got both; remove one")
         if recipe.model.norm == "batch" and privacy.max_grad_norm is not None:
@@ -262,6 +296,10 @@ def _resolve_privacy(recipe: Recipe, given: Mapping[str, Any]) -> PrivacyTable:
         return privacy.model_copy(update=filled)
     if privacy.epsilon is not None and privacy.noise_multiplier is not None:
         raise RecipeRefused("expected privacy.epsilon or privacy.noise_multiplier, got both; remove one")
+    if privacy.budget is not None and privacy.budget < (privacy.epsilon or 0.0):
+        raise RecipeRefused(
+            f"expected privacy.budget of at least privacy.epsilon={privacy.epsilon:g}, got {privacy.budget:g}; raise it"
+        )
     if privacy.unit == "local" and filled["sample_rate"] != 1.0:
         raise RecipeRefused(
             f"expected privacy.sample_rate=1 with privacy.unit='local', got {filled['sample_rate']}; "

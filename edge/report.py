@@ -9,8 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tacit.edge.audit_charts import draw_audit_charts, membership_of
 from tacit.edge.charts import MARKERS, devices_of, draw_charts, runtimes_of, spent_by_owner, timings_of
-from tacit.edge.wording import UNMEASURED, apart, duration, epsilon, finite, moment, percent, plain, points, size
+from tacit.edge.wording import (
+    UNMEASURED,
+    apart,
+    audit_claim,
+    audit_finding,
+    audit_question,
+    audit_verdict,
+    duration,
+    epsilon,
+    finite,
+    moment,
+    percent,
+    plain,
+    points,
+    size,
+)
 
 __all__ = ["write_report"]
 
@@ -81,7 +97,7 @@ def _checked(summary: Mapping[str, Any]) -> dict[str, Any]:
     version = summary.get("schema_version")
     if version != 1:
         raise ValueError(f"expected schema_version 1, got schema_version={version!r}; run the report's stage again")
-    parts: dict[str, Any] = {name: {} for name in ("privacy", "training", "devices", "versions", "wall_s")}
+    parts: dict[str, Any] = {name: {} for name in ("privacy", "training", "devices", "versions", "wall_s", "audit")}
     parts |= {"variants": [], "failed": []}
     for name, empty in parts.items():
         part = summary.get(name)
@@ -107,15 +123,17 @@ def _render(summary: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for text_of in (apart, percent, points, size, duration, epsilon, plain, moment):
+    audited = (audit_question, audit_finding, audit_claim, audit_verdict)
+    for text_of in (apart, percent, points, size, duration, epsilon, plain, moment, *audited):
         environment.filters[text_of.__name__] = text_of
     privacy, timings, variants = summary["privacy"], timings_of(summary), summary["variants"]
     spent, owners = spent_by_owner(privacy), _count_owners(summary)
+    charts = {**draw_charts(summary), **draw_audit_charts(summary)}
     return environment.get_template("report.html.j2").render(
         s=summary,
         css=Markup(css),  # noqa: S704  our own file
         css_sha256=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-        charts={name: Markup(svg) for name, svg in draw_charts(summary).items()},  # noqa: S704  escaped by ElementTree
+        charts={name: Markup(svg) for name, svg in charts.items()},  # noqa: S704  escaped by ElementTree
         void="VOID" in str(privacy.get("noise")),
         private=privacy.get("unit", "none") != "none",
         ability=_ABILITIES.get(str(summary.get("task"))),
@@ -132,6 +150,7 @@ def _render(summary: dict[str, Any]) -> str:
         spent=spent,
         spent_median=statistics.median(value for _, value in spent) if spent else None,
         most_listed=_MOST_LISTED_OWNERS,
+        audit=_describe_audit(summary),
     )
 
 
@@ -222,3 +241,29 @@ def _state_epsilon(key: str, privacy: Mapping[str, Any]) -> str:
         "epsilon_rdp": f" (an upper bound{looser})",
     }
     return f"{epsilon(value)} at δ = {plain(privacy.get('delta'))}{reasons.get(key, '')}"
+
+
+# What the page says about attacks.
+
+
+def _describe_audit(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the audit's tests in the order of the page, with a row for each model; empty where none was made."""
+    audit = summary["audit"]
+    tests = [test for test in audit.get("tests") or [] if isinstance(test, Mapping)]
+    asked = membership_of(summary)
+    digests = {variant.get("name"): variant.get("sha256") for variant in summary["variants"]}
+    canaries = [test for test in tests if test.get("name") == "canaries"]
+    return {
+        "verdict": audit.get("verdict"),
+        "statement": audit.get("statement"),
+        "created": audit.get("created"),
+        # One line for all models; the table below has one for each.
+        "tests": [*(test for test in tests if test not in asked), *asked[:1]],
+        "models": asked,
+        "outdated": [
+            t.get("artifact") for t in asked if digests.get(t.get("artifact"), t.get("sha256")) != t.get("sha256")
+        ],
+        "reasons": [f"{plain(t.get('name'))}: {plain(t.get('reason'))}" for t in tests if t.get("verdict") == "fail"],
+        "bound": canaries[0] if canaries and finite(canaries[0].get("statistic")) is not None else None,
+        "skipped": [test for test in audit.get("skipped") or [] if isinstance(test, Mapping)],
+    }

@@ -99,6 +99,11 @@ class RunFolder:
             return None
         return content if isinstance(content, dict) else None
 
+    def read_rounds(self, *below: str) -> list[dict[str, object]]:
+        """The rows of rounds.jsonl below train/, oldest first; none when it is not there."""
+        path = self.train.joinpath(*below, "rounds.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
     def write_json(self, content: Mapping[str, object], *parts: str) -> Path:
         """Writes a JSON file below the folder, durably."""
         path = self.path.joinpath(*parts)
@@ -108,7 +113,9 @@ class RunFolder:
 
     def log(self, event: str, **fields: object) -> None:
         """Appends a line to log.jsonl."""
-        line = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        # At client level a round's time would tell how many took part.
+        timespec = "hours" if self.recipe.privacy.unit == "client" else "milliseconds"
+        line = {"at": datetime.now(UTC).isoformat(timespec=timespec), "event": event, **fields}
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
 

@@ -19,7 +19,7 @@ from tacit.devices.durable import FileDamaged
 from tacit.devices.failpoint import reach
 from tacit.devices.protocol import Artifact
 from tacit.devices.runtime import open_artifact
-from tacit.edge.flower_app import build_model
+from tacit.edge.composition import build_model
 from tacit.edge.progress import Progress
 from tacit.edge.run_folder import RunFolder
 from tacit.federated.checkpoint import load_checkpoint, read_weights

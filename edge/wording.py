@@ -6,7 +6,22 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-__all__ = ["UNMEASURED", "apart", "duration", "epsilon", "finite", "moment", "percent", "plain", "points", "size"]
+__all__ = [
+    "UNMEASURED",
+    "apart",
+    "audit_claim",
+    "audit_finding",
+    "audit_question",
+    "audit_verdict",
+    "duration",
+    "epsilon",
+    "finite",
+    "moment",
+    "percent",
+    "plain",
+    "points",
+    "size",
+]
 
 UNMEASURED = "not measured"
 _SPACE = "\u00a0"  # between a number and its unit: never breaks the line
@@ -144,3 +159,84 @@ def moment(value: object) -> str:
     except ValueError:
         return plain(value)
     return f"{when.day} {when:%B %Y, %H:%M %Z}".strip()
+
+
+# What an audit asked and found. An ε that was found is a lower bound, so it is rounded down; a claim is rounded up.
+
+_QUESTIONS = {
+    "mechanism": "Does one step reveal more than its formula allows, on the worst inputs that anybody could choose?",
+    "noise": "Is the noise as large as the ledger says, and never the same twice?",
+    "canaries": "Can anybody tell which planted canaries went through the rounds?",
+    "membership": "Can anybody who asks the model tell whose records it has seen?",
+}
+_VERDICTS = {
+    "pass": "no violation",
+    "warn": "suspicious",
+    "fail": "violation",
+    "informs": "informs",
+}
+
+
+def audit_question(test: Mapping[str, object]) -> str:
+    """Return what a test of an audit asks.
+
+    Example:
+        >>> audit_question({"name": "noise"})
+        'Is the noise as large as the ledger says, and never the same twice?'
+    """
+    return _QUESTIONS.get(str(test.get("name")), plain(test.get("method")))
+
+
+def audit_verdict(value: object) -> str:
+    """Return a verdict in words.
+
+    Example:
+        >>> audit_verdict("pass"), audit_verdict("other")
+        ('no violation', 'other')
+    """
+    return _VERDICTS.get(str(value), plain(value))
+
+
+def audit_finding(test: Mapping[str, object]) -> str:
+    """Return what a test of an audit found, with the number of trials and the confidence.
+
+    Example:
+        >>> details = {"rounds": 20}
+        >>> audit_finding({"name": "canaries", "statistic": 1.749, "n": 1000, "confidence": 0.95, "details": details})
+        'ε ≥ 1.74 in 20 rounds (95\u00a0% confidence, 1,000 canaries)'
+    """
+    found, count, sure = finite(test.get("statistic")), plain(test.get("n")), percent(test.get("confidence"))
+    about = test.get("details")
+    details: Mapping[str, object] = about if isinstance(about, Mapping) else {}
+    if found is None:
+        return UNMEASURED
+    at_least = f"ε ≥ {math.floor(found * 100) / 100:.2f}"
+    if test.get("name") == "mechanism":
+        return f"{at_least} in one step ({sure} confidence, {count} releases on each of two inputs)"
+    if test.get("name") == "canaries":
+        return f"{at_least} in {plain(details.get('rounds'))} rounds ({sure} confidence, {count} canaries)"
+    if test.get("name") == "noise":
+        ratio = finite(details.get("standard_deviation_over_claimed"))
+        size_of = UNMEASURED if ratio is None else f"{ratio:.3f}"
+        return f"{size_of} of the claimed size, smallest p-value {plain(found, 2)} ({count} draws)"
+    return f"AUC {found:.3f} ({_interval(test.get('interval'))})"
+
+
+def audit_claim(test: Mapping[str, object]) -> str:
+    """Return what the finding is held against.
+
+    Example:
+        >>> audit_claim({"name": "mechanism", "claim": 3.144, "delta": 1e-5}), audit_claim({"name": "membership"})
+        ('ε = 3.15 at δ = 1e-5', '0.5 by chance')
+    """
+    if test.get("name") == "membership":
+        return "0.5 by chance"
+    if test.get("name") == "noise":
+        return f"1; alarm below p = {plain(test.get('claim'), 2)}"
+    return f"ε = {epsilon(test.get('claim'))} at δ = {plain(test.get('delta'))}"
+
+
+def _interval(value: object) -> str:
+    ends = [finite(end) for end in value] if isinstance(value, list) else []
+    shown = [f"{end:.3f}" for end in ends if end is not None]
+    return f"95{_SPACE}% interval {shown[0]} to {shown[1]}" if len(shown) == 2 else f"interval {UNMEASURED}"

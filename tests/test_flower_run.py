@@ -1,5 +1,6 @@
 """The apps under Flower's own runtime: a real SuperLink with Ray, on loopback."""
 
+import json
 import os
 import socket
 import subprocess
@@ -29,7 +30,7 @@ def test_flwr_run_trains_under_each_owners_own_ledger(tmp_path: Path) -> None:
     port = _free_port()
     (tmp_path / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
-    recipe.write_text(f"[federated]\nrounds = {ROUNDS}\nowners = {OWNERS}\n")
+    recipe.write_text(f"[federated]\nrounds = {ROUNDS}\nowners = {OWNERS}\nevaluate_every = 2\n")
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -61,7 +62,9 @@ def test_flwr_run_trains_under_each_owners_own_ledger(tmp_path: Path) -> None:
     assert len(ledgers) == OWNERS
     for ledger in ledgers:
         (account,), _, _ = read_ledger(ledger)
-        assert (account.reserved, account.released) == (ROUNDS, ROUNDS)
+        assert (account.reserved, account.released) == (ROUNDS + 2, ROUNDS + 2)  # evaluated after rounds 2 and 3
+    rows = [json.loads(line) for line in (out / "train" / "rounds.jsonl").read_text().splitlines()]
+    assert [len((row["owners_accuracy"] or {}).get("by_owner", {})) for row in rows] == [0, OWNERS, OWNERS]
 
 
 def _wait_for(port: int) -> None:

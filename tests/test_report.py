@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tacit.devices import protocol
-from tacit.edge import charts, report, wording
+from tacit.edge import charts, report, svg, wording
 from tacit.edge.report import write_report
 
 ADVERSARY = "honest-but-curious server and everyone who receives models"
@@ -184,6 +184,68 @@ def _two_float32() -> dict[str, Any]:
         {**onnx, "name": "late", "bytes": 10_000, "passes": pruned, "pruned": 0.5},
         {**onnx, "name": "alone", "format": "tflite", "bytes": 10_000, "passes": pruned, "pruned": 0.5},
     ]
+    return summary
+
+
+def _audited(**changed: Any) -> dict[str, Any]:
+    """A summary with an audit: the float model and one artifact were asked about their members."""
+    common = {"confidence": 0.95, "verdict": "pass", "reason": "", "seconds": 1.0}
+    bound = {"statistic": 0.309, "interval": [0.309, None], "delta": 1e-5}
+    details = {"members": 1347, "others": 360, "false_rate": 10 / 360, "hit_rate": 0.04, "hit_interval": [0.03, 0.06]}
+    details |= {"advantage": 0.05, "chance": 0.073, "shadows": 8, "allowed_hit_rate": 1.0}
+    curve = [[0.0, 0.001], [0.0028, 0.008], [0.05, 0.06], [1.0, 1.0]]
+    asked = {
+        "name": "membership",
+        "method": "offline LiRA with 8 shadow models (Carlini et al. 2022)",
+        "n": 1707,
+        "statistic": 0.512,
+        "interval": [0.478, 0.546],
+        "claim": None,
+        "delta": None,
+        "details": {**details, "curve": curve},
+    }
+    summary = _demo()
+    summary["audit"] = {
+        "schema_version": 1,
+        "created": "2026-11-23T09:00:00+00:00",
+        "verdict": "pass",
+        "statement": "An audit can show a violation; it never proves privacy.",
+        "tests": [
+            {
+                "name": "mechanism",
+                "method": "Clopper-Pearson",
+                "n": 4000,
+                "claim": 1.224,
+                **common,
+                **bound,
+                "details": {},
+            },
+            {
+                "name": "noise",
+                "method": "shape",
+                "n": 200_000,
+                "statistic": 0.27,
+                "interval": None,
+                "claim": 1e-10,
+                **common,
+                "details": {"standard_deviation_over_claimed": 0.9987},
+            },
+            {
+                "name": "canaries",
+                "method": "guesses",
+                "n": 2000,
+                "claim": 7.98,
+                **common,
+                **bound,
+                "statistic": 1.749,
+                "details": {"rounds": 100},
+            },
+            {**common, **asked, "verdict": "informs", "artifact": "float model", "sha256": "a"},
+            {**common, **asked, "verdict": "informs", "artifact": "onnx-small", "sha256": "b"},
+        ],
+        "skipped": [],
+        **changed,
+    }
     return summary
 
 
@@ -700,11 +762,11 @@ def test_every_text_colour_has_a_contrast_of_four_and_a_half(theme: dict[str, st
 
 def test_the_style_recolours_every_colour_that_the_charts_use(demo_source: str) -> None:
     light = next(_themes())
-    assert list(charts._SERIES) == [light[f"series-{i}"] for i in range(4)]
-    assert (light["ink"], light["line"]) == (charts._INK, charts._GRID)
+    assert list(svg.SERIES) == [light[f"series-{i}"] for i in range(4)]
+    assert (light["ink"], light["line"]) == (svg.INK, svg.GRID)
     drawn = set(re.findall(r'(?:fill|stroke)="(#\w+)"', demo_source))
-    assert drawn <= {charts._INK, charts._GRID, *charts._SERIES}
-    for color in (charts._GRID, *charts._SERIES):
+    assert drawn <= {svg.INK, svg.GRID, *svg.SERIES}
+    for color in (svg.GRID, *svg.SERIES):
         assert f'[fill="{color}"]' in demo_source
         assert f'[stroke="{color}"]' in demo_source
 
@@ -725,3 +787,104 @@ def test_importing_the_report_loads_neither_matplotlib_nor_jinja_and_writing_nev
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(wording).failed == 0
+
+
+# Attacks.
+
+
+def test_an_audit_stands_in_plain_words_with_what_it_was_held_against(tmp_path: Path) -> None:
+    text = _page(_audited(), tmp_path).text.replace("\u00a0", " ")
+    assert "Audit: no violation found" in text
+    assert "made on 23 November 2026, 09:00 UTC. An audit can show a violation; it never proves privacy." in text
+    assert "ε ≥ 0.30 in one step (95 % confidence, 4,000 releases on each of two inputs) ε = 1.23 at δ = 1e-5" in text
+    assert "0.999 of the claimed size, smallest p-value 0.27 (200,000 draws) 1; alarm below p = 1e-10" in text
+    assert "ε ≥ 1.74 in 100 rounds (95 % confidence, 2,000 canaries) ε = 7.98 at δ = 1e-5" in text
+    assert "AUC 0.512 (95 % interval 0.478 to 0.546) 0.5 by chance" in text
+    assert "1,347 members and 360 others" in text
+
+
+def test_the_empirical_bound_stands_next_to_the_epsilon(tmp_path: Path) -> None:
+    page = _page(_audited(), tmp_path)
+    notes = [note.replace("\u00a0", " ") for note in page.texts["span"]]
+    assert any("accountant: PLD" in n and "audit: ε ≥ 1.74 in 100 rounds" in n for n in notes)
+
+
+def test_every_model_that_was_asked_has_a_row_and_a_curve_and_the_guarantee_has_a_line(tmp_path: Path) -> None:
+    page = _page(_audited(), tmp_path)
+    charts = [a["aria-labelledby"] for tag, a in page.elements if tag == "svg" and a.get("role") == "img"]
+    assert charts[-1] == "membership-title"
+    drawn = " ".join(page.texts["text"])
+    for name in ("chance", "float model", "onnx-small", "the most that ε = 7.98 allows"):
+        assert name in drawn
+    assert page.texts["small"].count("by chance up to 7.3\u00a0%") == 2
+    assert "the guarantee allows 100\u00a0% there" in " ".join(page.words)
+
+
+def test_a_file_that_was_rebuilt_after_the_audit_is_marked(tmp_path: Path) -> None:
+    summary = _audited()
+    for variant in summary["variants"]:
+        variant["sha256"] = "c"
+    assert _page(summary, tmp_path).texts["small"].count("of an earlier file") == 1  # the float model is no variant
+
+
+def test_at_client_level_no_line_claims_to_bound_the_membership_of_a_record(tmp_path: Path) -> None:
+    summary = _audited()
+    summary["privacy"]["unit"] = "client"
+    page = _page(summary, tmp_path)
+    assert "the most that ε" not in " ".join(page.texts["text"])
+    assert "keeps every curve below" not in page.text
+
+
+def test_a_failed_audit_is_the_first_thing_that_a_reader_sees(tmp_path: Path) -> None:
+    summary = _audited(verdict="fail")
+    summary["audit"]["tests"][0] |= {"verdict": "fail", "reason": "a record alone: ε ≥ 3.1 at δ = 0.1"}
+    source = _write(summary, tmp_path)
+    assert source.index("Audit failed") < source.index("<main>")
+    assert "mechanism: a record alone: ε ≥ 3.1 at δ = 0.1. Do not release this model." in _Page(source).text
+    assert 'class="badge alarm">violation<' in source
+
+
+def test_tests_that_were_left_out_are_named(tmp_path: Path) -> None:
+    summary = _audited(tests=[], skipped=[{"name": "membership", "reason": "left out"}], verdict="informs")
+    text = _page(summary, tmp_path).text
+    assert "not run: left out" in text
+    assert "Members recognised" not in text
+
+
+def test_a_run_that_was_not_audited_has_no_section(demo: _Page) -> None:
+    assert "audit" not in [a.get("id") for _, a in demo.elements]
+    assert "audit:" not in demo.text
+
+
+@pytest.fixture(scope="module")
+def clean_audit(tmp_path_factory: pytest.TempPathFactory) -> _Page:
+    return _page(_audited(verdict="fail"), tmp_path_factory.mktemp("audit"))
+
+
+@pytest.mark.parametrize("payload", CORPUS)
+def test_no_string_of_an_audit_becomes_markup(payload: str, clean_audit: _Page, tmp_path: Path) -> None:
+    summary = _audited(verdict="fail", statement=payload, created=payload)
+    summary |= {"training": {}, "variants": []}  # their charts take time and are tried above
+    for test in summary["audit"]["tests"]:
+        test |= {"artifact": payload, "reason": payload, "method": payload, "verdict": payload, "n": payload}
+    page = _page(summary, tmp_path)
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in clean_audit.elements}
+    known = {name for _, attributes in clean_audit.elements for name in attributes}
+    assert {name for _, attributes in page.elements for name in attributes} <= known
+    assert "membership-title" in [a.get("aria-labelledby") for _, a in page.elements]
+
+
+@pytest.mark.parametrize("broken", [None, "text", [], {}, 3, math.nan])
+def test_an_audit_of_another_shape_reads_not_measured(broken: Any, tmp_path: Path) -> None:
+    summary = _audited() | {"training": {}, "variants": []}
+    for test in summary["audit"]["tests"]:
+        for key in ("statistic", "interval", "claim", "details", "confidence", "verdict"):
+            test[key] = broken
+    page = _page(summary, tmp_path)
+    assert "not measured" in page.text
+    assert "membership-title" not in [a.get("aria-labelledby") for _, a in page.elements]
+
+
+def test_an_audit_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected audit as an object"):
+        _write(_demo() | {"audit": ["pass"]}, tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tacit.edge import flower_app, pipeline
+from tacit.edge import composition, flower_app, pipeline
 from tacit.edge.recipe import Recipe, load_recipe
 from tacit.edge.run_folder import FolderMismatch, RunFolder
 from tacit.federated.checkpoint import read_weights
@@ -104,8 +104,8 @@ def test_a_run_keeps_its_seed_or_its_lack_of_one(void: Path, recipe, tmp_path: P
 
 
 def test_private_data_are_never_trained_on_with_a_seed(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    task = flower_app.find_task("digits")
+    task = composition.find_task("digits")
     data = replace(task.load(), status="private")
-    monkeypatch.setattr(flower_app, "find_task", lambda _: replace(task, load=lambda: data))
+    monkeypatch.setattr(composition, "find_task", lambda _: replace(task, load=lambda: data))
     with pytest.raises(PrivacyRefused, match="nothing may be void"):
-        flower_app.compose(recipe, tmp_path, unsafe_seed=7)
+        composition.compose(recipe, tmp_path, unsafe_seed=7)

@@ -1,0 +1,239 @@
+"""What a recipe comes to: task, data, model, mechanisms and who holds which records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tacit.edge.planning import Planned, Role, declared_sizes, find_shares, planned
+from tacit.edge.recipe import Recipe
+from tacit.federated.accounting import Event, reported_epsilon
+from tacit.federated.client_app import Owner
+from tacit.federated.cohorts import SERVER
+from tacit.federated.datasets import find_task
+from tacit.federated.evaluation import Evaluator
+from tacit.federated.fingerprint import fingerprint, fingerprint_of_all
+from tacit.federated.home import fingerprint_key, home_folder
+from tacit.federated.ledger import Ledger
+from tacit.federated.mechanism import Mechanism, PrivacyRefused
+from tacit.federated.noise import Randomness, SecretGenerator, SeededGenerator, public_seed
+from tacit.federated.outbox import Outbox
+from tacit.federated.owner_ledgers import OwnerLedgers
+from tacit.federated.secure_noise import SecureGenerator
+from tacit.federated.task import Data, Model, Task, initial_model
+from tacit.federated.train import LocalTrainer
+from tacit.federated.turns import Book
+
+__all__ = ["Composition", "Draw", "build_model", "compose"]
+
+Draw = Callable[..., Randomness]  # by purpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """What a recipe comes to.
+
+    Attributes:
+        recipe: resolved.
+        task: what is learned.
+        data: by who may see it.
+        model: untrained.
+        mechanism: of the recipe's constants; an owner whose size is declared has one of its own.
+        owners: who takes part.
+        draw: the run's randomness, by purpose.
+        plan: what is done to records.
+        sizes: by owner, where they are public.
+    """
+
+    recipe: Recipe
+    task: Task
+    data: Data
+    model: Model
+    mechanism: Mechanism
+    owners: tuple[Owner, ...]
+    draw: Draw
+    plan: Planned
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def plans(self) -> list[dict[Event, int]]:
+        """How often each kind of access is planned, training and evaluations together; one for all, or by owner."""
+        names = {owner.mechanism: owner.name for owner in self.owners}
+        return [self.plan.events_of(name) for name in names.values()]
+
+    @property
+    def budget(self) -> float:
+        """The ε that each owner's ledger holds to: of this run, or of all runs over private data."""
+        if self.data.status == "private" and self.recipe.privacy.budget is not None:
+            return self.recipe.privacy.budget
+        return self.recipe.privacy.epsilon or max(reported_epsilon(p, self.mechanism.delta) for p in self.plans)
+
+    def open_book(self, folder: Path, run: str) -> Book:
+        """What a run in one process charges: a ledger in its folder for public benchmarks, else those at home.
+
+        Args:
+            folder: the run directory.
+            run: the run's identity.
+
+        Raises:
+            DataChanged: private data that are not those this run has been charged for.
+            PrivacyRefused: earlier runs left too little for this one.
+        """
+        extract, outbox, delta = folder / "ledger.jsonl", Outbox(folder / "train" / "outbox"), self.mechanism.delta
+        if self.data.status == "public-benchmark":
+            book: Book = Ledger(extract, outbox, epsilon=self.budget, delta=delta)
+        else:
+            book = OwnerLedgers(
+                home_folder(),
+                self.task.name,
+                self._fingerprints(),
+                run=run,
+                extract=extract,
+                outbox=outbox,
+                epsilon=self.budget,
+                delta=delta,
+            )
+        try:
+            self.fix_plan(book)
+            self._expect_budget(book, run)
+        except BaseException:
+            book.close()
+            raise
+        return book
+
+    def fix_plan(self, book: Book) -> None:
+        """Tells a ledger what is planned, once, so that each round compares counts.
+
+        Raises:
+            PrivacyRefused: more than the budget, for an owner that was never charged.
+        """
+        owners: list[str | None] = [*self.plan.own] or [None]
+        over = [owner for owner in owners if not book.plan(self.plan.events_of(owner or ""), owner)]
+        if over:
+            raise PrivacyRefused(
+                f"expected a plan within ε = {self.budget:g}, got more for {over[0] or 'everybody'}; plan less"
+            )
+
+    def _expect_budget(self, book: Book, run: str) -> None:
+        owners: list[str | None] = [*self.plan.own] or [None]
+        short = sorted({n for o in owners for n in book.short_of(self.plan.events_of(o or ""), run, o)})
+        if short:
+            raise PrivacyRefused(
+                f"expected budget for the whole run, got too little left of ε = {self.budget:g} for "
+                f"{', '.join(short[:3])}{' and others' if len(short) > 3 else ''}, after what was charged before; plan "
+                "fewer rounds or more noise"
+            )
+
+    def _fingerprints(self) -> dict[str, str | None]:
+        """Of what each owner holds now; the server's ledger at client level is about all of it."""
+        home = home_folder()
+        if self.mechanism.unit != "client":
+            return {o.name: fingerprint(o.records(), fingerprint_key(home, o.name)) for o in self.owners}
+        key = fingerprint_key(home, SERVER)
+        return {SERVER: fingerprint_of_all({o.name: fingerprint(o.records(), key) for o in self.owners}, key)}
+
+
+def compose(
+    recipe: Recipe, folder: Path, *, role: Role = "private", unsafe_seed: int | None = None, deployed: bool = False
+) -> Composition:
+    """Builds what a recipe describes, checking everything before a record is trained on.
+
+    Args:
+        recipe: resolved.
+        folder: the run directory; owners' logs go below it.
+        role: "twin" for the same recipe with the noise left out and public randomness.
+        unsafe_seed: makes the secret class of randomness reproducible, which voids the guarantee.
+        deployed: whether owners are really apart; then noise is hardened unless the recipe says otherwise.
+
+    Returns:
+        Its owners have no gate yet.
+
+    Raises:
+        DataProblem: an owner without records.
+        PrivacyRefused: a model whose layers mix records.
+        ValueError: a task or model that cannot be built.
+    """
+    torch.set_num_threads(1)  # sums in the same order on every machine, and owners that do not fight over cores
+    task = find_task(recipe.task.name)
+    model = build_model(recipe)
+    data = task.load()
+    plan = planned(recipe, data, role=role, void=unsafe_seed is not None, deployed=deployed)
+    mechanism, federated = plan.mechanism, recipe.federated
+    trainer = LocalTrainer(
+        task,
+        model,
+        mechanism,
+        learning_rate=federated.learning_rate,
+        batch_rate=federated.batch_rate,
+        weight_cap=federated.weight_cap,
+    )
+    if mechanism.void and data.status != "public-benchmark":
+        raise PrivacyRefused("expected public benchmark data for --unsafe-seed, got private data; nothing may be void")
+    shares = find_shares(recipe, data)
+    draw = _randomness(mechanism, federated.seed if unsafe_seed is None else unsafe_seed)
+
+    def randomness(name: str) -> Callable[[int], Randomness]:
+        return lambda server_round: draw("batch", name, server_round)
+
+    evaluator = None if plan.evaluation is None else Evaluator(mechanism=plan.evaluation, model=build_model(recipe))
+    owners = tuple(
+        Owner(
+            name=name,
+            index=index,
+            source=task.name,
+            mechanism=plan.of(name),
+            trainer=trainer.under(plan.of(name)),
+            records=partial(shares.read, index),
+            randomness=randomness(name),
+            gate=None,
+            log=_log(folder, mechanism, name),
+            evaluation=evaluator,
+        )
+        for index, name in enumerate(shares.names)
+        if name not in plan.abstained
+    )
+    return Composition(
+        recipe=recipe,
+        task=task,
+        data=data,
+        model=model,
+        mechanism=mechanism,
+        owners=owners,
+        draw=draw,
+        plan=plan,
+        sizes=declared_sizes(recipe, data),
+    )
+
+
+def _log(folder: Path, mechanism: Mechanism, name: str) -> Path:
+    """Where an owner's errors go. That it has any is what client level hides: there the folder is the server's own."""
+    private = folder / "train" / "private" / f"{name}.log"
+    return private if mechanism.unit == "client" else folder / "owners" / name / "errors.log"
+
+
+def build_model(recipe: Recipe) -> Model:
+    """The recipe's untrained model.
+
+    Raises:
+        ValueError: parameters that do not fit together.
+
+    Example:
+        >>> from tacit.edge.recipe import load_recipe
+        >>> sum(parameter.numel() for parameter in build_model(load_recipe("digits")).parameters())
+        10026
+    """
+    task = find_task(recipe.task.name)
+    parameters = recipe.model.model_dump(exclude={"family"})
+    return initial_model(task, parameters, recipe.federated.seed)
+
+
+def _randomness(mechanism: Mechanism, seed: int) -> Draw:
+    """What batches, cohorts and noise are drawn from; only a run that claims nothing, or is void, has a seed for it."""
+    if not mechanism.private or mechanism.void:
+        return lambda *purpose: SeededGenerator(public_seed(seed, *purpose))
+    secret = SecureGenerator() if mechanism.hardened else SecretGenerator()
+    return lambda *_: secret
