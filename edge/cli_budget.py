@@ -38,7 +38,7 @@ def plan(
     """Show what a recipe will spend: which noise an ε needs, and how many rounds a noise allows.
 
     Args:
-        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits.
+        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits, writers.
         epsilon: What noise does this ε need? May be repeated.
         noise_multiplier: How many rounds does this noise allow? May be repeated.
         overrides: table.key=value on top of the recipe; may be repeated.

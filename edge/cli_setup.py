@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -24,25 +24,26 @@ def register(app: App) -> None:
     app.command(config)
 
 
-def init(folder: Path, /) -> Outcome:
+def init(folder: Path, /, *, recipe: Literal["digits", "writers"] = "digits") -> Outcome:
     """Write a commented recipe into a new run directory.
 
     Args:
         folder: The directory to make.
+        recipe: Which built-in recipe to begin with.
     """
     from tacit.devices.durable import write_durably
     from tacit.edge.recipe import BUILT_IN
     from tacit.edge.run_folder import FolderMismatch
 
-    recipe = folder / "recipe.toml"
-    if recipe.exists():
-        raise FolderMismatch(f"expected a new folder, got {recipe}; edit it or name another folder")
+    path = folder / "recipe.toml"
+    if path.exists():
+        raise FolderMismatch(f"expected a new folder, got {path}; edit it or name another folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise FolderMismatch(f"expected a new or empty folder, got other files in {folder}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(recipe, (BUILT_IN / "digits.toml").read_bytes())
-    command = f"tacit run {shlex.quote(str(recipe))} --out={shlex.quote(str(folder))}"
-    return Outcome(text=f"{recipe} written; edit it, then: {command}", data={"recipe": str(recipe), "next": command})
+    write_durably(path, (BUILT_IN / f"{recipe}.toml").read_bytes())
+    command = f"tacit run {shlex.quote(str(path))} --out={shlex.quote(str(folder))}"
+    return Outcome(text=f"{path} written; edit it, then: {command}", data={"recipe": str(path), "next": command})
 
 
 def doctor() -> Outcome:
@@ -66,7 +67,7 @@ def show(
     """Show a recipe with every default written out.
 
     Args:
-        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits.
+        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits, writers.
         overrides: table.key=value on top of the recipe; may be repeated.
     """
     from tacit.edge.recipe import load_recipe

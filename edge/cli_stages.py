@@ -36,7 +36,7 @@ def run(
     """Train, compress, measure and report: the whole pipeline.
 
     Args:
-        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits.
+        recipe: A TOML file, a folder with a recipe.toml, or a built-in recipe: digits, writers.
         out: The run directory; runs/NAME when left out.
         resume: Continue a run that was interrupted.
         overrides: table.key=value on top of the recipe; may be repeated.

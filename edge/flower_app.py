@@ -195,12 +195,30 @@ def _find_owner(context: Context) -> Owner:
     owner = _by_partition(composition.owners)(context)
     if name is not None:
         owner = replace(owner, name=str(name), log=owner_folder(home_folder(), str(name)) / "errors.log")
+        _expect_terms(composition, owner)
     if not composition.mechanism.private or composition.mechanism.unit == "client":
         return owner
     if name is None and composition.data.status == "public-benchmark":
         own = Path(str(context.run_config["out"])).expanduser().resolve() / "owners" / owner.name
         return replace(owner, gate=OwnerGate(lambda: _simulated_ledger(composition, own)))
     return replace(owner, gate=OwnerGate(lambda: _ledger_at_home(composition, owner, deployed=name is not None)))
+
+
+def _expect_terms(composition: Composition, owner: Owner) -> None:
+    """Holds a recipe against the owner's policy before anything else; its ledger does so again with every charge.
+
+    Raises:
+        PrivacyRefused: the policy wants more, or is another owner's; the words stay on this machine.
+        FileNotFoundError: there is no owner.toml.
+    """
+    policy = load_policy(home_folder() / "owner.toml")
+    terms = policy.terms_of(owner.source)
+    stated, recipe = composition.mechanism.describe(), composition.recipe.digest()
+    weaker = terms.refusal(stated, recipe=recipe, participations=0)
+    if policy.owner != owner.name:
+        weaker = f"expected owner {policy.owner!r}, got {owner.name!r}"
+    if weaker is not None:
+        raise PrivacyRefused(weaker)
 
 
 def _simulated_ledger(composition: Composition, folder: Path) -> Ledger:

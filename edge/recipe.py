@@ -151,7 +151,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, checks and resolves a recipe.
 
     Args:
-        source: a TOML file, or the name of a built-in recipe ("digits").
+        source: a TOML file, or the name of a built-in recipe ("digits", "writers").
         overrides: `table.key=value`, the value as TOML; a bare word is a string.
 
     Raises:
@@ -205,7 +205,9 @@ def _find(source: str | Path) -> Path:
         return path / "recipe.toml"
     if built_in.parent == BUILT_IN and built_in.is_file():
         return built_in
-    raise RecipeInvalid("expected a recipe file or 'digits', found neither; `tacit init DIR` writes one", str(source))
+    raise RecipeInvalid(
+        "expected a recipe file, 'digits' or 'writers', found none; `tacit init DIR` writes one", str(source)
+    )
 
 
 def _resolve(recipe: Recipe, content: Mapping[str, Any]) -> Recipe:

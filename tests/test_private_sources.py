@@ -163,6 +163,16 @@ def test_a_message_weaker_than_the_policy_reads_nothing_and_is_refused_in_a_cons
     assert not ledger.is_file() or ledger.read_bytes() == b""
 
 
+def test_at_client_level_too_the_policy_decides(home, tmp_path: Path):
+    recipe = _recipe("privacy.unit=client", "privacy.sample_rate=0.5", task="digits")
+    assert _ask(tmp_path, recipe, _policy(), home) == (["refused"], [])  # unit record does not accept client
+
+
+def test_without_a_guarantee_a_deployed_owner_refuses(home, tmp_path: Path):
+    recipe = load_recipe("digits", ["privacy.unit=none", "federated.owners=3", "compression.variants=[]"])
+    assert _ask(tmp_path, recipe, _policy(), home) == (["refused"], [])
+
+
 def test_a_deployed_owner_without_a_policy_does_nothing(home, tmp_path: Path):
     errors, replies = _ask(tmp_path, _recipe(task="digits"), None, home)
     assert errors in (["refused"], ["unavailable"])

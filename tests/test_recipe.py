@@ -396,3 +396,9 @@ def test_an_override_replaces_the_keys_that_exclude_it(override: str, gone: str)
 def test_two_overrides_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(RecipeRefused):
         load_recipe("digits", ["privacy.noise_multiplier=1.5", "privacy.epsilon=2.0"])
+
+
+def test_the_built_in_recipe_of_many_clients_resolves():
+    recipe = load_recipe("writers")
+    assert (recipe.task.name, recipe.federated.owners, recipe.privacy.unit) == ("writers", 2000, "client")
+    assert 100 <= recipe.federated.owners * (recipe.privacy.sample_rate or 0) <= 200
