@@ -256,9 +256,13 @@ class PoissonCohorts(Strategy):
             arrays = from_record(record)
         except (ValueError, TypeError, EOFError):
             return None
-        if any(arrays[name].shape != self._weights[name].shape for name in arrays):
+        if any(_kind(arrays[name]) != _kind(self._weights[name]) for name in arrays):
             return None
         return {name: arrays[name] - self._weights[name] for name in self._weights}
+
+
+def _kind(array: np.ndarray) -> tuple[object, ...]:
+    return array.dtype, array.shape
 
 
 def _unclipped(content: RecordDict) -> bool:

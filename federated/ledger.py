@@ -144,6 +144,7 @@ class Ledger:
         drafts: dict[str, Entry] = {}
         charged: _Histories = {}
         turns = [self._turn(request, drafts, charged) for request in requests]
+        self._outbox.forget([key for key, draft in drafts.items() if draft["kind"] == "reopen"])
         self._record(list(drafts.values()))
         self._granted.update(turn.key for turn in turns if isinstance(turn, Granted))
         return turns

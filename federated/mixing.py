@@ -124,12 +124,16 @@ def refuse_mixing_records(model: torch.nn.Module, inputs: torch.Tensor) -> None:
         inputs: a few records to try it on, together and one by one, (records, *shape).
 
     Raises:
-        PrivacyRefused: an output differs.
+        PrivacyRefused: an output differs, or torch's global generator was drawn from: its randomness is not secret.
 
     >>> refuse_mixing_records(torch.nn.Linear(2, 1), torch.eye(2))
     """
+    state = torch.get_rng_state()
     with torch.no_grad():
         together, alone = model(inputs), torch.cat([model(inputs[[i]]) for i in range(len(inputs))])
+    if not torch.equal(state, torch.get_rng_state()):
+        torch.set_rng_state(state)
+        raise PrivacyRefused("expected a model without randomness, got one that draws from torch's global generator")
     if not near(together, alone):
         raise PrivacyRefused(
             "expected a model whose output for a record depends on it alone, got one that mixes records; "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         """Opens the outbox, making its folder; what a crash left behind is found again."""
         self._folder = folder
+        self._rewriting = threading.Lock()  # the ledgers of many owners share one outbox
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
@@ -55,7 +57,7 @@ class Outbox:
         if not payloads:
             return
         header = _Header(round_number, {key: len(data) for key, data in payloads.items()})
-        line = json.dumps({"round": header.round, "payloads": header.lengths}).encode() + b"\n"
+        line = _header_line(round_number, payloads)
         name = f"{round_number:06d}-{next(iter(payloads))[:16]}.out"
         write_durably(self._folder / name, line + b"".join(payloads.values()), mode=0o600)
         self._index(name, header, len(line))
@@ -72,6 +74,26 @@ class Outbox:
             if hashlib.sha256(payload).hexdigest() == digest:
                 return payload
         return None
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Removes what was stored for keys of which nothing was released: a reopened one is about to be drawn anew."""
+        with self._rewriting:
+            for name in {place[0] for key in keys for place in self._places.get(key, [])}:
+                self._rewrite(name, frozenset(keys))
+
+    def _rewrite(self, name: str, without: frozenset[str]) -> None:
+        path, server_round = self._folder / name, self._rounds[name]
+        with path.open("rb") as file:
+            header = _parse_header(file.readline())
+            stored = {key: file.read(length) for key, length in (header.lengths if header else {}).items()}
+        kept = {key: payload for key, payload in stored.items() if key not in without}
+        self._forget(name)
+        if not kept:
+            path.unlink()
+            return
+        line = _header_line(server_round, kept)
+        write_durably(path, line + b"".join(kept.values()), mode=0o600)
+        self._index(name, _Header(server_round, {key: len(data) for key, data in kept.items()}), len(line))
 
     def discard_before(self, round_number: int) -> None:
         """Forgets rounds that a durable checkpoint has made unaskable."""
@@ -91,6 +113,11 @@ class Outbox:
             return
         kept = {key: [place for place in places if place[0] != name] for key, places in self._places.items()}
         self._places = {key: places for key, places in kept.items() if places}
+
+
+def _header_line(round_number: int, payloads: Mapping[str, bytes]) -> bytes:
+    lengths = {key: len(data) for key, data in payloads.items()}
+    return json.dumps({"round": round_number, "payloads": lengths}).encode() + b"\n"
 
 
 def _parse_header(line: bytes) -> _Header | None:

@@ -163,11 +163,17 @@ class LocalTrainer:
             batch: drawn by the mechanism, for a guarantee; it may be empty.
             randomness: secret for a guarantee.
         """
+        batch = self._classified(batch)
         private = self._mechanism.per_record
         steps = self._private_gradients(batch, randomness) if private else self._plain_gradients(batch)
         with torch.no_grad():
             for parameter, step in zip(self._parameters, steps, strict=True):
                 parameter.sub_(step, alpha=self._learning_rate)
+
+    def _classified(self, batch: Records) -> Records:
+        """Without records of no class: one would end the whole batch with an error, and tell that it is there."""
+        known = (batch.labels >= 0) & (batch.labels < len(self._task.interface.labels))
+        return batch if known.all() else batch.take(np.flatnonzero(known))
 
     def _forget(self) -> None:
         """Drops what an owner whose step raised left in Opacus' hooks, which would count it to the next owner's."""

@@ -197,7 +197,7 @@ def test_an_exceptions_text_stays_on_the_owners_disk_and_the_key_is_never_tried_
 
 def test_a_record_that_cannot_be_trained_on_is_a_failure_and_the_other_owners_go_on(training):
     broken = some_records()
-    training.read[0] = lambda: Records(broken.inputs, np.full_like(broken.labels, 10))
+    training.read[0] = lambda: Records(broken.inputs, broken.labels.astype(np.float32))
     bad, good = training.ask()
     assert reason(bad) == "unavailable"
     assert good.has_content()

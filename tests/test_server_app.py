@@ -132,9 +132,9 @@ def test_a_run_whose_evaluations_are_paid_from_its_epsilon_keeps_it(tmp_path: Pa
     recipe = load_recipe("digits", [*budget, *paying])
     composition = train_in_process(recipe, tmp_path, run="r", report=lambda row: None)
     accounts, _, _ = read_ledger(tmp_path / "ledger.jsonl")
-    assert [account.history for account in accounts] == [composition.plan] * OWNERS
-    assert len(composition.plan) == 2
-    assert 5.9 < reported_epsilon(composition.plan, 1e-5) <= 6.0
+    assert [account.history for account in accounts] == composition.plans * OWNERS
+    assert len(composition.plans[0]) == 2
+    assert 5.9 < reported_epsilon(composition.plans[0], 1e-5) <= 6.0
     without = compose(load_recipe("digits", budget), tmp_path)
     assert composition.mechanism.noise_multiplier > without.mechanism.noise_multiplier
 

@@ -87,16 +87,16 @@ def test_accuracy_counts_right_answers_whatever_the_chunk():
 
 
 def test_a_task_of_the_users_own_is_found_by_module_and_name(monkeypatch, tmp_path):
-    (tmp_path / "clinic.py").write_text(
+    (tmp_path / "practice.py").write_text(
         "from dataclasses import replace\n"
         "from tacit.federated.datasets import find_task\n"
         "def scans():\n    return replace(find_task('digits'), name='scans')\n"
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert find_task("clinic:scans").name == "scans"
-    with pytest.raises(ValueError, match="expected 'clinic:number' to be a"):
-        find_task("clinic:number")
+    assert find_task("practice:scans").name == "scans"
+    with pytest.raises(ValueError, match="expected 'practice:number' to be a"):
+        find_task("practice:number")
 
 
 @pytest.mark.parametrize("name", ["no.such.module:task", "json:task", ":task"])
