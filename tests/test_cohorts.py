@@ -481,7 +481,7 @@ def test_a_round_that_learns_its_clip_is_one_gaussian_event_at_that_rounds_clip(
         bits = generator.gaussian(1, sigma)[0]
         noise = generator.gaussian(5, c / math.sqrt(1.0 - (2.0 * sigma) ** -2))
         each = sum(min(float(index), c * (1 - 1e-6) / math.sqrt(2)) for index in cohort)  # in w[0] and in scale
-        by_hand += (noise + [each, 0, 0, 0, each]) / (RATE * CLIENTS)
+        by_hand += (noise + np.array([each, 0, 0, 0, each])) / (RATE * CLIENTS)
         found = np.append(seen[server_round - 1]["w"], seen[server_round - 1]["scale"])
         np.testing.assert_allclose(found, by_hand, rtol=1e-5, atol=1e-6)
         share = (len(cohort) / 2 + bits) / (RATE * CLIENTS) + 0.5  # every client says that it was not clipped
