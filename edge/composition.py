@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from tacit.federated.client_app import Owner
 from tacit.federated.cohorts import SERVER
 from tacit.federated.datasets import find_task
 from tacit.federated.evaluation import Evaluator
-from tacit.federated.fingerprint import fingerprint, fingerprint_of_all
+from tacit.federated.fingerprint import fingerprint, fingerprint_of_all, unchanged
 from tacit.federated.home import fingerprint_key, home_folder
 from tacit.federated.ledger import Ledger
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
@@ -90,7 +90,7 @@ class Composition:
             book = OwnerLedgers(
                 home_folder(),
                 self.task.name,
-                self._fingerprints(),
+                self._charged_data,
                 run=run,
                 extract=extract,
                 outbox=outbox,
@@ -128,13 +128,27 @@ class Composition:
                 "fewer rounds or more noise"
             )
 
-    def _fingerprints(self) -> dict[str, str | None]:
-        """Of what each owner holds now; the server's ledger at client level is about all of it."""
-        home = home_folder()
+    def watched_owners(self) -> list[Owner]:
+        """The owners; private data that are no longer those the run began with are not trained on."""
+        if self.data.status == "public-benchmark":
+            return list(self.owners)
+        found = self._fingerprints
+        return [replace(o, records=unchanged(o.records, self._key(o.name), found[o.name])) for o in self.owners]
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        """Of what each owner holds when a run begins."""
+        return {owner.name: fingerprint(owner.records(), self._key(owner.name)) for owner in self.owners}
+
+    @property
+    def _charged_data(self) -> dict[str, str | None]:
+        """What each ledger's charges are about; the server's, at client level, is about everybody's data."""
         if self.mechanism.unit != "client":
-            return {o.name: fingerprint(o.records(), fingerprint_key(home, o.name)) for o in self.owners}
-        key = fingerprint_key(home, SERVER)
-        return {SERVER: fingerprint_of_all({o.name: fingerprint(o.records(), key) for o in self.owners}, key)}
+            return dict(self._fingerprints)
+        return {SERVER: fingerprint_of_all(self._fingerprints, self._key(SERVER))}
+
+    def _key(self, owner: str) -> bytes:
+        return fingerprint_key(home_folder(), SERVER if self.mechanism.unit == "client" else owner)
 
 
 def compose(

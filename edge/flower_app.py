@@ -12,6 +12,7 @@ from flwr.app import Context, RecordDict
 from tacit.edge.composition import Composition, build_model, compose
 from tacit.edge.planning import Role
 from tacit.edge.recipe import Recipe, load_recipe
+from tacit.federated.accounting import reported_epsilon
 from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
 from tacit.federated.client_app import CohortGate, Owner, OwnerGate, make_client_app
 from tacit.federated.clipping import AdaptiveClip
@@ -67,7 +68,7 @@ def train_in_process(
             report({"note": ledger.repaired})
     try:
         contexts = {owner.index + 2: _context(owner.index, len(composition.owners)) for owner in composition.owners}
-        guarded = [replace(owner, gate=gate) for owner in composition.owners]
+        guarded = [replace(owner, gate=gate) for owner in composition.watched_owners()]
         grid = InProcessGrid(make_client_app(_by_partition(guarded)), contexts, gate)
         target = folder / "train" if role == "private" else folder / "train" / "twin"
         plan = server_plan(composition, target, run=run, report=report, ledger=ledger)
@@ -215,6 +216,11 @@ def _expect_terms(composition: Composition, owner: Owner) -> None:
     terms = policy.terms_of(owner.source)
     stated, recipe = composition.mechanism.describe(), composition.recipe.digest()
     weaker = terms.refusal(stated, recipe=recipe, participations=0)
+    if composition.mechanism.unit == "client":  # the server keeps the ledger, so the whole plan has to be accepted
+        epsilon = max(reported_epsilon(plan, terms.delta) for plan in composition.plans)
+        weaker = weaker or (
+            f"expected ε of at most {terms.epsilon:g}, got {epsilon:g}" if epsilon > terms.epsilon else None
+        )
     if policy.owner != owner.name:
         weaker = f"expected owner {policy.owner!r}, got {owner.name!r}"
     if weaker is not None:

@@ -1,6 +1,9 @@
 """What somebody would try who wants to get around the guarantee, or whose data happen to."""
 
+import json
 import math
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 from torch.nn import functional as F
 
-from tacit.edge import flower_app
+from tacit.edge import composition, flower_app
 from tacit.edge.composition import build_model
 from tacit.edge.recipe import load_recipe
 from tacit.federated.averaging import ServerOptimizer, from_record, to_record
@@ -23,7 +26,7 @@ from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import SeededGenerator
 from tacit.federated.outbox import Outbox
 from tacit.federated.rounds import run_rounds
-from tacit.federated.task import Records
+from tacit.federated.task import Data, DataProblem, Records
 from tacit.federated.train import LocalTrainer, write_arrays
 
 MECHANISM = Mechanism(
@@ -172,26 +175,79 @@ recipes = "any"
 """
 
 
-@pytest.mark.parametrize("unit", ["none", "client"])
-def test_a_deployed_owner_refuses_a_recipe_with_a_weaker_unit_than_its_policy(tmp_path, monkeypatch, unit) -> None:
-    home = tmp_path / "home"
+CLIENT_POLICY = POLICY.replace('unit = "record"', 'unit = "client"').replace("epsilon = 8.0", "epsilon = 1.0")
+
+
+def asked_of_anna(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, privacy: str) -> Message:
+    """What a deployed owner with a policy answers when it is asked to train under a recipe."""
+    home = folder / "home"
     home.mkdir(mode=0o700)
-    (home / "owner.toml").write_text(POLICY)
+    (home / "owner.toml").write_text(policy)
     monkeypatch.setenv("TACIT_HOME", str(home))
-    recipe = tmp_path / "recipe.toml"
-    noise = "noise_multiplier = 1.0\nsample_rate = 0.5\nreference_size = 3\n" if unit == "client" else ""
-    recipe.write_text(f'[federated]\nowners = 3\nrounds = 1\n[privacy]\nunit = "{unit}"\n{noise}')
+    recipe = folder / "recipe.toml"
+    recipe.write_text(f"[federated]\nowners = 3\nrounds = 1\n[privacy]\n{privacy}")
     context = Context(
         1,
         2,
         {"partition-id": 0, "num-partitions": 3, "owner": "anna"},
         RecordDict(),
-        {"recipe": str(recipe), "out": str(tmp_path / "run"), "deployed": True},
+        {"recipe": str(recipe), "out": str(folder / "run"), "deployed": True},
     )
     grid = InProcessGrid(flower_app.client_app, {2: context})
     arrays = write_arrays(build_model(load_recipe(recipe)))
     config = ConfigRecord({"run": "run", "server-round": 1, "clip_norm": 1.0})
     message = Message(RecordDict({"arrays": to_record(arrays), "config": config}), 2, MessageType.TRAIN)
     (reply,) = grid.send_and_receive([message])
+    return reply
+
+
+OF_CLIENTS = 'unit = "client"\nnoise_multiplier = {noise}\nsample_rate = 0.5\nreference_size = 3\n'
+
+
+@pytest.mark.parametrize("privacy", ['unit = "none"\n', OF_CLIENTS.format(noise=1.0)], ids=["none", "client"])
+def test_a_deployed_owner_refuses_a_recipe_with_a_weaker_unit_than_its_policy(tmp_path, monkeypatch, privacy) -> None:
+    reply = asked_of_anna(tmp_path, monkeypatch, POLICY, privacy)
     assert reply.has_error(), reply.content.metric_records
     assert reply.error.reason == "refused"
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        50.0,
+        0.3,
+    ],
+)
+def test_a_deployed_client_refuses_a_recipe_that_plans_more_than_its_epsilon(tmp_path, monkeypatch, noise) -> None:
+    """The server noises and keeps the ledger: what the recipe plans is all that an owner can hold against its terms."""
+    reply = asked_of_anna(tmp_path, monkeypatch, CLIENT_POLICY, OF_CLIENTS.format(noise=noise))
+    assert reply.has_error() is (noise < 1.0)
+
+
+# Data that change while a run goes on.
+
+
+def test_private_data_that_change_between_two_rounds_are_not_trained_on(tmp_path, monkeypatch) -> None:
+    """The account is charged for the data that were fingerprinted when the run began, and not for any others."""
+    reads: list[int] = []
+
+    def load() -> Data:
+        data = TASK.load()
+
+        def of_owner(index: int) -> Records:
+            reads.append(index)
+            held = data.private.take(np.arange(40 * index, 40 * index + 40))
+            if index == 1 and reads.count(1) > 2:  # after the fingerprint and the first round
+                held.inputs[0] += 1.0
+            return held
+
+        return replace(data, private=None, of_owner=of_owner, status="private")
+
+    monkeypatch.setenv("TACIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(composition, "find_task", lambda _: replace(TASK, load=load))
+    settings = ["federated.owners=3", "federated.partition=natural", "federated.rounds=2", "federated.quorum=1"]
+    recipe = load_recipe("digits", [*settings, "privacy.noise_multiplier=2.0", "report.twin=false"])
+    with suppress(DataProblem):  # that ends the run, or leaves the owner out
+        flower_app.train_in_process(recipe, tmp_path / "run", run="run", report=lambda row: None)
+        rows = [json.loads(line) for line in (tmp_path / "run/train/rounds.jsonl").read_text().splitlines()]
+        assert [row["clients"] for row in rows] == [3, 2]

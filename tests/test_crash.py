@@ -185,9 +185,6 @@ def test_a_run_resumes_at_the_planned_epsilon(rows: dict[str, dict[str, Row]], p
     check_end(row, ROUNDS)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the server does not look for temporary files when it begins; SERVERS_OWN goes too"
-)
 def test_a_death_before_a_checkpoint_has_its_name_leaves_no_file_behind(rows: dict[str, dict[str, Row]]) -> None:
     row = rows[RECORD][CHECKPOINT]
     check_end(row, ROUNDS)
