@@ -165,8 +165,9 @@ def _begin(plan: ServerPlan) -> Checkpoint:
         ValueError: the checkpoint is another recipe's.
         PrivacyRefused: the ledger is older than the checkpoint.
     """
-    for leftover in (plan.folder / "checkpoint").glob(".*.tmp"):  # of a process that died
-        leftover.unlink()
+    for folder in (plan.folder, plan.folder / "checkpoint"):
+        for leftover in folder.glob(".*.tmp"):  # of a process that died
+            leftover.unlink()
     found, notes = load_checkpoint(plan.folder / "checkpoint")
     for note in notes:
         plan.progress({"note": note})

@@ -36,8 +36,8 @@ KILLS = [
     "server.after_checkpoint:2",
     "server.before_weights:1",
 ]
-# The second checkpoint: nobody takes away what a death between writing and renaming leaves of one.
-CHECKPOINT = "durable.before_rename:4=kill"
+# Before a file has its name: the second checkpoint, and the last two files of a run.
+CHECKPOINT, HISTORY, WEIGHTS = (f"durable.before_rename:{number}=kill" for number in (4, 9, 10))
 FAILURES = ["chain.before_write:3=enospc", "durable.before_rename:3=eio", "client.before_records:5=interrupt"]
 # The second round ends with an evaluation: its reserve is the fifth write, its first owner the seventh to read.
 EVALUATION_KILLS = [
@@ -64,8 +64,6 @@ LOCAL_KILLS = ["client.after_training:5", "ledger.after_outbox:2", "client.after
 THRICE = "client.before_records:5=kill,client.before_records:2=kill,client.before_records:2=kill"
 THRICE_EVALUATING = THRICE.replace(":5", ":8")
 
-# Models that are released anyway; see the strict mark below.
-SERVERS_OWN = ("train/checkpoint/", "train/.rounds.jsonl.", "train/.weights.safetensors.")
 RECORD, EVALUATING, CLIENT, LOCAL = "record", "record+evaluate", "client+adaptive+evaluate", "local+evaluate"
 THRIFTY = "record+thrifty"
 
@@ -83,7 +81,7 @@ def kills(points: list[str]) -> list[str]:
 
 
 QUICK = {
-    RECORD: [*kills(KILLS), CHECKPOINT, *FAILURES, THRICE],
+    RECORD: [*kills(KILLS), CHECKPOINT, HISTORY, WEIGHTS, *FAILURES, THRICE],
     EVALUATING: [*kills(EVALUATION_KILLS), THRICE_EVALUATING],
     CLIENT: kills(CLIENT_KILLS),
     LOCAL: kills(LOCAL_KILLS),
@@ -125,7 +123,7 @@ def check_end(row: Row, participations: int) -> None:
     """A run that was taken up until it ended: charged what was planned, and what is missing was lost to deaths."""
     assert row["resumed"] == 0, row
     assert row["weights"] is True, row
-    assert [name for name in row["leftovers"] if not name.startswith(SERVERS_OWN)] == [], row
+    assert row["leftovers"] == [], row
     assert row["extract"] == [], row  # of ledgers at home: nothing newer there, and nothing else
     assert row["reserved"] == [participations] * len(row["reserved"]), row
     assert row["failed"] == [0] * len(row["reserved"]), row
@@ -185,8 +183,9 @@ def test_a_run_resumes_at_the_planned_epsilon(rows: dict[str, dict[str, Row]], p
     check_end(row, ROUNDS)
 
 
-def test_a_death_before_a_checkpoint_has_its_name_leaves_no_file_behind(rows: dict[str, dict[str, Row]]) -> None:
-    row = rows[RECORD][CHECKPOINT]
+@pytest.mark.parametrize("point", [CHECKPOINT, HISTORY, WEIGHTS])
+def test_a_death_before_a_file_has_its_name_leaves_nothing_behind(rows: dict[str, dict[str, Row]], point: str) -> None:
+    row = rows[RECORD][point]
     check_end(row, ROUNDS)
     assert row["leftovers"] == []
 
