@@ -20,7 +20,7 @@ test: .venv/.test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -m "not soak"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 4 --dist loadfile -m "not soak"
 
 soak: .venv/.soak
 	@$(BIN)/pytest -q -m soak

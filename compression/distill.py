@@ -1,4 +1,4 @@
-"""Recovery: a smaller model learns to answer as the model it came from, on public images without labels."""
+"""Recovery: a smaller model learns to answer as the model it came from, on public inputs without labels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from tacit.compression.material import Answers
 
 _MIN_VIEWS = 128  # views a step: few public images are seen several times over, each time otherwise
 _NOISE = 0.05  # of the images' own standard deviation
@@ -25,12 +27,16 @@ def distill(
     epochs: int = 400,
     learning_rate: float = 0.02,
     temperature: float = 2.0,
+    answers: Answers = "classes",
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train a copy of `student` towards the softened answers of `teacher` (Hinton et al., arXiv:1503.02531, eq. 1-4).
 
-    An epoch is one step of Adam, with a cosine schedule, on jittered views of all the public images (shifted by a
-    pixel, with mild noise, and mixed with one another), so that a few dozen images carry far.
+    Values have nothing to soften: there the student learns the teacher's numbers by squared error (Ba and Caruana,
+    arXiv:1312.6184, eq. 1), which of logits is the limit of a high temperature.
+
+    An epoch is one step of Adam, with a cosine schedule, on jittered views of all the public inputs (images shifted
+    by a pixel, all with mild noise, and mixed with one another), so that a few dozen carry far.
 
     Guarantees: reads the two models and the public inputs, nothing else, so it costs no privacy. The result is a
     function of the arguments and the number of threads; the global random state is neither read nor changed.
@@ -42,7 +48,8 @@ def distill(
         seed: Of the jitter.
         epochs: Steps.
         learning_rate: At the start; it falls to zero.
-        temperature: Above 1 softens the teacher's answers.
+        temperature: Above 1 softens the teacher's answers; values do without.
+        answers: What the models answer with.
         progress: Called with ("distill", epoch, epochs).
 
     Returns:
@@ -56,7 +63,7 @@ def distill(
             "expected epochs >= 1, learning_rate > 0, temperature > 0 and at least one public input, got "
             f"epochs={epochs}, learning_rate={learning_rate}, temperature={temperature}, inputs={len(public)}"
         )
-    trained, answers = copy.deepcopy(student).train(), copy.deepcopy(teacher).eval()
+    trained, imitated = copy.deepcopy(student).train(), copy.deepcopy(teacher).eval()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(trained.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
@@ -65,8 +72,8 @@ def distill(
         for epoch in range(epochs):
             views = jitter(public, generator)
             with torch.no_grad():
-                target = F.softmax(answers(views) / temperature, dim=1)  # (views, classes)
-            loss = F.cross_entropy(trained(views) / temperature, target) * temperature**2
+                wanted = imitated(views)  # (views, classes), or (views, ...) of values
+            loss = _distance(trained(views), wanted, answers, temperature)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call] # torch leaves this one untyped
             optimizer.step()
@@ -76,6 +83,12 @@ def distill(
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters()):
         raise ValueError(f"expected finite weights, got NaN or infinity; lower learning_rate={learning_rate}")
     return trained.eval()
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor, answers: Answers, temperature: float) -> torch.Tensor:
+    if answers == "values":
+        return F.mse_loss(found, wanted)
+    return F.cross_entropy(found / temperature, F.softmax(wanted / temperature, dim=1)) * temperature**2
 
 
 def jitter(public: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

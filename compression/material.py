@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Score = Callable[[nn.Module], float]
+# What a model answers with: logits, of which the largest counts, or numbers that count as they are.
+Answers = Literal["classes", "values"]
 
 
 class PrivateData(Protocol):
@@ -37,6 +39,7 @@ class Material:
             there is none. Labels are never asked for.
         loss: `loss(logits, labels)` of the task, for passes that train.
         score: `score(model)`, higher is better, on data that cost nothing; for passes that search.
+        answers: "classes" for logits; "values" for a regression or a reconstruction.
         private: The charged door to the owners' records; None keeps it shut.
     """
 
@@ -45,6 +48,7 @@ class Material:
     loss: Loss | None = None
     score: Score | None = None
     private: PrivateData | None = None
+    answers: Answers = "classes"
 
     def __post_init__(self) -> None:
         """Check shapes, types and values at the door.

@@ -1,4 +1,4 @@
-"""Does the artifact answer as its model does? Plain numpy on logits."""
+"""Does the artifact answer as its model does? Plain numpy on outputs."""
 
 from __future__ import annotations
 
@@ -13,31 +13,45 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-Logits = npt.NDArray[np.float32]
+from tacit.compression.material import Answers
+
+Outputs = npt.NDArray[np.float32]
 
 # Least top-1 agreement of an artifact with its own PyTorch model, by honest label.
 MINIMUM_AGREEMENT: Mapping[str, float] = MappingProxyType(
     {"float32": 0.999, "dynamic-range int8": 0.98, "static int8 (float I/O)": 0.98}
 )
+# Of values: largest difference, over the spread of the model's own outputs, and least cosine.
+MOST_DIFFERENCE: Mapping[str, float] = MappingProxyType(
+    {"float32": 1e-3, "dynamic-range int8": 0.25, "static int8 (float I/O)": 1.0}  # static clips what is out of range
+)
+MINIMUM_COSINE: Mapping[str, float] = MappingProxyType(
+    {"float32": 0.9999, "dynamic-range int8": 0.98, "static int8 (float I/O)": 0.98}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How near an artifact's logits are to its model's.
+    """How near an artifact's outputs are to its model's.
 
     Attributes:
         top1_agreement: Fraction of inputs with the same most likely class; an answer with NaN or infinity never
-            agrees.
-        max_abs: Largest difference of two logits; infinite if the artifact gave NaN or infinity.
+            agrees. None of values, which have no class.
+        max_abs: Largest difference of two outputs; infinite if the artifact gave NaN or infinity.
         cosine: Mean over the inputs of the cosine of the two logit vectors; an input with NaN or infinity counts -1.
+            Of values one cosine over all of them, after taking the model's mean output away from both: of a single
+            value, or of values far from 0, the cosine of each input says nothing.
+        spread: Of values: standard deviation of the model's outputs over the inputs, by which `max_abs` is judged.
+            None of classes.
     """
 
-    top1_agreement: float
+    top1_agreement: float | None
     max_abs: float
     cosine: float
+    spread: float | None = None
 
     def passes(self, label: str) -> bool:
-        """Tell whether the agreement suffices for an artifact of this label, and every logit is finite.
+        """Tell whether the agreement suffices for an artifact of this label, and every output is finite.
 
         Raises:
             ValueError: If the label is not one of `MINIMUM_AGREEMENT`.
@@ -46,44 +60,61 @@ class Parity:
             >>> parity = Parity(top1_agreement=0.99, max_abs=0.5, cosine=1.0)
             >>> parity.passes("float32"), parity.passes("dynamic-range int8")
             (False, True)
+            >>> Parity(top1_agreement=None, max_abs=0.5, cosine=0.999, spread=4.0).passes("dynamic-range int8")
+            True
         """
         if label not in MINIMUM_AGREEMENT:
             raise ValueError(f"expected a label of {sorted(MINIMUM_AGREEMENT)}, got label={label!r}; use label_of")
-        return math.isfinite(self.max_abs) and self.top1_agreement >= MINIMUM_AGREEMENT[label]
+        if not math.isfinite(self.max_abs):
+            return False
+        if self.top1_agreement is not None:
+            return self.top1_agreement >= MINIMUM_AGREEMENT[label]
+        near = self.max_abs <= MOST_DIFFERENCE[label] * (self.spread or 0.0)
+        return near and self.cosine >= MINIMUM_COSINE[label]
 
 
 class ArtifactRuntime(Protocol):
     """A loaded artifact, as parity needs it."""
 
     def predict(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return logits (n, classes) for inputs (n, *shape), channel first."""
+        """Return outputs (n, ...) for inputs (n, *shape), channel first."""
         ...
 
 
-def compare(reference_logits: Logits, artifact_logits: Logits) -> Parity:
-    """Compare an artifact's logits with its own model's on the same inputs.
+def compare(reference: Outputs, artifact: Outputs, *, answers: Answers = "classes") -> Parity:
+    """Compare an artifact's outputs with its own model's on the same inputs.
 
     Args:
-        reference_logits: Shape (n, classes), finite.
-        artifact_logits: Shape (n, classes); NaN and infinity make the result fail, they are never dropped.
+        reference: Shape (n, classes), or (n, ...) of values; finite.
+        artifact: The same shape; NaN and infinity make the result fail, they are never dropped.
+        answers: "classes" of logits, "values" of numbers that count as they are.
 
     Returns:
-        The three figures.
+        The figures.
 
     Raises:
         ValueError: If the shapes differ, there is nothing to compare, or the reference is not finite.
 
     Example:
         >>> compare(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32))
-        Parity(top1_agreement=1.0, max_abs=0.0, cosine=1.0)
+        Parity(top1_agreement=1.0, max_abs=0.0, cosine=1.0, spread=None)
+        >>> compare(np.float32([[1.0], [3.0]]), np.float32([[1.0], [3.5]]), answers="values").spread
+        1.0
     """
-    if reference_logits.shape != artifact_logits.shape or reference_logits.ndim != 2 or reference_logits.size == 0:
+    axes = reference.ndim == 2 or (answers == "values" and reference.ndim > 2)
+    if reference.shape != artifact.shape or not axes or reference.size == 0:
+        wanted = "(n, classes)" if answers == "classes" else "(n, ...)"
         raise ValueError(
-            f"expected two arrays of one shape (n, classes), got {reference_logits.shape} and "
-            f"{artifact_logits.shape}; predict on the same inputs"
+            f"expected two arrays of one shape {wanted}, got {reference.shape} and {artifact.shape}; predict on the "
+            "same inputs"
         )
-    if not np.isfinite(reference_logits).all():
-        raise ValueError("expected finite reference logits, got NaN or infinity; the model itself is broken")
+    if not np.isfinite(reference).all():
+        raise ValueError("expected finite reference outputs, got NaN or infinity; the model itself is broken")
+    rows = (reference.reshape(len(reference), -1), artifact.reshape(len(artifact), -1))
+    return _compare_classes(*rows) if answers == "classes" else _compare_values(*rows)
+
+
+def _compare_classes(reference_logits: Outputs, artifact_logits: Outputs) -> Parity:
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(artifact_logits).all(axis=1))  # (n,)
     reference = reference_logits.astype(np.float64)
     artifact = np.where(finite[:, None], artifact_logits, 0.0).astype(np.float64)
@@ -93,13 +124,32 @@ def compare(reference_logits: Logits, artifact_logits: Logits) -> Parity:
     return Parity(top1_agreement=float(agrees.mean()), max_abs=difference, cosine=float(cosine.mean()))
 
 
-def check_parity(model: nn.Module, artifact_runtime: ArtifactRuntime, inputs: npt.NDArray[np.float32]) -> Parity:
+def _compare_values(reference_values: Outputs, artifact_values: Outputs) -> Parity:
+    reference = reference_values.astype(np.float64)  # (n, values)
+    around = reference - reference.mean(axis=0)
+    spread = float(np.sqrt((around**2).mean()))
+    if not np.isfinite(artifact_values).all():
+        return Parity(top1_agreement=None, max_abs=math.inf, cosine=-1.0, spread=spread)
+    artifact = artifact_values.astype(np.float64)
+    cosine = _cosine(around.reshape(1, -1), (artifact - reference.mean(axis=0)).reshape(1, -1))
+    difference = float(np.abs(reference - artifact).max())
+    return Parity(top1_agreement=None, max_abs=difference, cosine=float(cosine[0]), spread=spread)
+
+
+def check_parity(
+    model: nn.Module,
+    artifact_runtime: ArtifactRuntime,
+    inputs: npt.NDArray[np.float32],
+    *,
+    answers: Answers = "classes",
+) -> Parity:
     """Compare an artifact in the runtime that will run it with its own PyTorch model.
 
     Args:
         model: The model that was exported; evaluated, its mode is put back.
         artifact_runtime: The loaded artifact.
         inputs: Shape (n, *shape), channel first.
+        answers: "classes" of logits, "values" of numbers that count as they are.
 
     Returns:
         The comparison of the two on these inputs.
@@ -107,8 +157,8 @@ def check_parity(model: nn.Module, artifact_runtime: ArtifactRuntime, inputs: np
     Example:
         >>> from types import SimpleNamespace
         >>> doubled = SimpleNamespace(predict=lambda inputs: 2 * inputs)
-        >>> check_parity(nn.Identity(), doubled, np.eye(2, dtype=np.float32))
-        Parity(top1_agreement=1.0, max_abs=1.0, cosine=1.0)
+        >>> check_parity(nn.Identity(), doubled, np.eye(2, dtype=np.float32)).max_abs
+        1.0
     """
     training = model.training
     model.eval()
@@ -117,7 +167,7 @@ def check_parity(model: nn.Module, artifact_runtime: ArtifactRuntime, inputs: np
             reference = np.asarray(model(torch.from_numpy(inputs)).numpy(), dtype=np.float32)
     finally:
         model.train(training)
-    return compare(reference, artifact_runtime.predict(inputs))
+    return compare(reference, artifact_runtime.predict(inputs), answers=answers)
 
 
 def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -236,6 +236,7 @@ def apply_passes(
                 epochs=int(step.parameters["epochs"]),
                 learning_rate=step.parameters["learning_rate"],
                 temperature=step.parameters["temperature"],
+                answers=material.answers,
                 progress=progress,
             )
             shaped = replace(shaped, model=recovered)

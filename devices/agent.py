@@ -7,7 +7,7 @@ and the exit status 3. A request names what to do in ``op``:
 ``facts``
     -> processor, cores, clock, versions.
 ``predict``  ``model, inputs, outputs``
-    ``inputs`` is a .npy file, float32 ``(n, *shape)``, channel first; writes float32 ``(n, classes)`` to ``outputs``.
+    ``inputs`` is a .npy file, float32 ``(n, *shape)``, channel first; writes float32 ``(n, ...)`` to ``outputs``.
 ``time``  ``models, inputs, min_runs, min_s, max_s, warmup_s, min_warmup_runs``
     -> nanoseconds per run of each model, in blocks interleaved between the models.
 ``memory``  ``model, inputs, runs``
@@ -63,11 +63,11 @@ class Model:
         return [inputs[index : index + 1] for index in range(len(inputs))]
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Predict ``(n, classes)`` float32 from channel-first inputs ``(n, *shape)``, one example at a time."""
+        """Predict ``(n, ...)`` float32 from channel-first inputs ``(n, *shape)``, one example at a time."""
         outputs = [self.infer(feed) for feed in self.feeds(inputs)]
-        if any(output.dtype != np.float32 or output.ndim != 2 or len(output) != 1 for output in outputs):
+        if any(output.dtype != np.float32 or output.ndim < 2 or len(output) != 1 for output in outputs):
             bad = outputs[0]
-            raise ValueError(f"expected float32 outputs (1, classes), got {bad.dtype} {bad.shape}; export float I/O")
+            raise ValueError(f"expected float32 outputs (1, ...), got {bad.dtype} {bad.shape}; export float I/O")
         return np.concatenate(outputs)
 
 

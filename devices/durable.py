@@ -40,6 +40,7 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            reach("durable.before_fsync")
             os.fsync(file.fileno())
         reach("durable.before_rename")
         temporary.replace(path)
@@ -48,6 +49,7 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         raise
     reach("durable.after_rename")
     sync_folder(path.parent)
+    reach("durable.after_folder_fsync")
 
 
 def sync_folder(folder: Path) -> None:

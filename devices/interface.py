@@ -7,10 +7,15 @@ met in training. Augmentation is not part of it.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+Output = Literal["logits", "values", "reconstruction"]
+
+# Keys that came later than the first bundles; they belong to outputs that these did not have.
+_LATER: dict[str, Any] = {"target_mean": [0.0], "target_std": [1.0], "threshold": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +30,24 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:
-    """Input spec, preprocessing, labels and postprocessing of a classifier.
+    """Input spec, preprocessing, labels and postprocessing of a model.
 
-    Preprocessing is ``(raw * scale - mean) / std`` in float32; postprocessing is the softmax.
+    Preprocessing is ``(raw * scale - mean) / std`` in float32. Postprocessing follows from what the model returns: of
+    logits the softmax (`postprocess`), of values ``output * target_std + target_mean`` (`values`), of a reconstruction
+    its mean squared error (`anomaly_scores`).
 
     Args:
         shape: One example without the batch, channel first: ``(1, 8, 8)``, or ``(features,)`` for a table.
         scale: Factor on raw values, for instance 1/255.
         mean: What is subtracted after scaling: one value, or one per channel.
         std: What is divided by after that: one value, or one per channel; greater than zero.
-        labels: Names of the classes, in the order of the logits; no two alike.
-        output: What the model returns.
+        labels: Names of the classes in the order of the logits, or of the values; no two alike. Of a reconstruction
+            two, for what is normal and what is not.
+        output: What the model returns: "logits", "values", or "reconstruction" of its own input.
+        target_mean: Of values: what was subtracted before training, one or one per value.
+        target_std: Of values: what was divided by after that, one or one per value; greater than zero.
+        threshold: Of a reconstruction: the anomaly score above which an example is anomalous; None when nobody has
+            declared one.
 
     Raises:
         ValueError: A field is out of range, or of the wrong length.
@@ -53,25 +65,47 @@ class Interface:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     labels: tuple[str, ...]
-    output: Literal["logits"] = "logits"
+    output: Output = "logits"
+    target_mean: tuple[float, ...] = (0.0,)
+    target_std: tuple[float, ...] = (1.0,)
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         if not self.shape or any(not _is_integer(size) or size < 1 for size in self.shape):
             raise ValueError(f"expected positive sizes, got shape={self.shape}; give one example's, like (1, 8, 8)")
         if not _is_finite(self.scale) or self.scale == 0:
             raise ValueError(f"expected a finite scale other than 0, got scale={self.scale}; give one, like 1/255")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in {1, self.shape[0]} or not all(map(_is_finite, values)):
-                wanted = f"1 or {self.shape[0]} finite values"
-                raise ValueError(f"expected {wanted}, got {name}={values}; give one per channel or one for all")
-        if min(self.std) <= 0:
-            raise ValueError(f"expected values greater than 0, got std={self.std}; leave out a constant channel")
+        _check_scaling(mean=self.mean, std=self.std, width=self.shape[0], each="channel")
         if not self.labels or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"expected one or more labels, no two alike, got labels={self.labels}; rename them")
         if not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"expected labels that are strings, got labels={self.labels}; write them in quotes")
-        if self.output != "logits":
-            raise ValueError(f"expected output 'logits', got output={self.output!r}; export the model without softmax")
+        if self.output not in get_args(Output):
+            wanted = ", ".join(map(repr, get_args(Output)))
+            raise ValueError(f"expected output in {wanted}, got output={self.output!r}; export without softmax")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        """That what belongs to one kind of output is given with that kind alone."""
+        _check_scaling(target_mean=self.target_mean, target_std=self.target_std, width=len(self.labels), each="value")
+        if self.output != "values" and (self.target_mean, self.target_std) != ((0.0,), (1.0,)):
+            raise ValueError(
+                f"expected target_mean and target_std with output='values' only, got output={self.output!r}; "
+                "leave them out"
+            )
+        if self.output == "reconstruction" and len(self.labels) != 2:
+            raise ValueError(
+                f"expected 2 labels with output='reconstruction', got labels={self.labels}; name what is normal and "
+                "what is not"
+            )
+        if self.threshold is None:
+            return
+        if self.output != "reconstruction":
+            raise ValueError(
+                f"expected a threshold with output='reconstruction' only, got output={self.output!r}; leave it out"
+            )
+        if not _is_finite(self.threshold) or self.threshold < 0:
+            raise ValueError(f"expected a finite threshold of 0 or more, got threshold={self.threshold}; give one")
 
     def preprocess(self, raw: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Turn raw values into the model's input.
@@ -116,18 +150,14 @@ class Interface:
             One prediction per example; of equal logits the first wins.
 
         Raises:
-            ValueError: The shape is another, or a logit is not finite.
+            ValueError: The shape is another, a logit is not finite, or the model does not return logits.
 
         >>> table = Interface(shape=(2,), labels=("no", "yes"))
         >>> table.postprocess(np.array([[0.0, 0.0]]))
         [Prediction(label='no', index=0, probability=0.5, probabilities=(0.5, 0.5))]
         """
-        logits = np.asarray(logits, dtype=np.float64)
-        if logits.ndim != 2 or logits.shape[1] != len(self.labels):
-            wanted = f"(batch, {len(self.labels)})"
-            raise ValueError(f"expected logits of shape {wanted}, got shape={logits.shape}; check model and labels")
-        if not np.isfinite(logits).all():
-            raise ValueError("expected finite logits, got NaN or infinity; the model or its input is damaged")
+        self._expect_output("logits", "values() or anomaly_scores()")
+        logits = self._outputs(logits, "logits", (len(self.labels),))
         if not len(logits):
             return []
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -142,13 +172,97 @@ class Interface:
             probabilities=tuple(probabilities.tolist()),
         )
 
+    def values(self, outputs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Turn the model's output into values in the units of the data: ``output * target_std + target_mean``.
+
+        Args:
+            outputs: ``(batch, values)``, values as many as labels.
+
+        Returns:
+            ``(batch, values)``, float64.
+
+        Raises:
+            ValueError: The shape is another, an output is not finite, or the model does not return values.
+
+        >>> rent = Interface(shape=(2,), labels=("euros",), output="values", target_mean=(500.0,), target_std=(100.0,))
+        >>> rent.values(np.array([[0.5], [-1.0]])).tolist()
+        [[550.0], [400.0]]
+        """
+        self._expect_output("values", "postprocess() or anomaly_scores()")
+        outputs = self._outputs(outputs, "values", (len(self.labels),))
+        raw: npt.NDArray[np.float64] = outputs * np.array(self.target_std) + np.array(self.target_mean)
+        return raw
+
+    def targets(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Turn values in the units of the data into what a model is trained towards; `values` is the way back.
+
+        Args:
+            values: ``(batch, values)``, values as many as labels.
+
+        Returns:
+            ``(batch, values)``, float32: ``(value - target_mean) / target_std``.
+
+        Raises:
+            ValueError: The shape is another, a value is not finite, or the model does not return values.
+
+        >>> rent = Interface(shape=(2,), labels=("euros",), output="values", target_mean=(500.0,), target_std=(100.0,))
+        >>> rent.targets(np.array([[550], [400]])).tolist()
+        [[0.5], [-1.0]]
+        """
+        self._expect_output("values", "class positions")
+        values = self._outputs(values, "values", (len(self.labels),))
+        ready: npt.NDArray[np.float32] = ((values - np.array(self.target_mean)) / np.array(self.target_std)).astype(
+            "f4"
+        )
+        return ready
+
+    def anomaly_scores(self, inputs: npt.NDArray[Any], outputs: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Say how badly each example is reconstructed: its squared error, as a mean over the example's elements.
+
+        Args:
+            inputs: preprocessed, ``(batch, *shape)``.
+            outputs: the model's, of the same shape.
+
+        Returns:
+            ``(batch,)``, float64; above `threshold` an example is anomalous.
+
+        Raises:
+            ValueError: A shape is another, a value is not finite, or the model does not return a reconstruction.
+
+        >>> pump = Interface(shape=(2,), labels=("normal", "anomalous"), output="reconstruction", threshold=1.0)
+        >>> pump.anomaly_scores(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0]])).tolist()
+        [2.0]
+        """
+        self._expect_output("reconstruction", "postprocess() or values()")
+        wanted, found = self._outputs(inputs, "inputs", self.shape), self._outputs(outputs, "outputs", self.shape)
+        if len(wanted) != len(found):
+            raise ValueError(f"expected as many outputs as inputs, got {len(found)} and {len(wanted)}; pass one batch")
+        scores: npt.NDArray[np.float64] = (
+            ((wanted - found) ** 2).reshape(len(wanted), math.prod(self.shape)).mean(axis=1)
+        )
+        return scores
+
+    def _expect_output(self, output: Output, instead: str) -> None:
+        if self.output != output:
+            raise ValueError(f"expected a model that returns {output}, got output={self.output!r}; use {instead}")
+
+    def _outputs(self, values: npt.NDArray[Any], name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim == 0 or values.shape[1:] != shape:
+            wanted = ", ".join(["batch", *map(str, shape)])
+            raise ValueError(f"expected {name} of shape ({wanted}), got shape={values.shape}; check model and labels")
+        if not np.isfinite(values).all():
+            raise ValueError(f"expected finite {name}, got NaN or infinity; the model or its input is damaged")
+        return values
+
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as a dict that ``json.dumps`` takes.
+        """Return the fields as a dict that ``json.dumps`` takes; a classifier's has those of a classifier.
 
         >>> Interface(shape=(2,), labels=("no", "yes")).to_json()["shape"]
         [2]
         """
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        own = asdict(self) if self.output != "logits" else {k: v for k, v in asdict(self).items() if k not in _LATER}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -162,10 +276,11 @@ class Interface:
         True
         """
         known = {field.name for field in fields(cls)}
+        data = _LATER | dict(data)
         if set(data) != known:
             difference = sorted(map(str, set(data) ^ known))
             raise ValueError(f"expected the keys {sorted(known)}, got another set, differing in {difference}; fix them")
-        sequences = ("shape", "mean", "std", "labels")
+        sequences = ("shape", "mean", "std", "labels", "target_mean", "target_std")
         if not all(isinstance(data[name], list | tuple) for name in sequences):
             raise ValueError(f"expected lists for {sorted(sequences)}, got another type; write them in brackets")
         return cls(
@@ -175,7 +290,21 @@ class Interface:
             std=tuple(data["std"]),
             labels=tuple(data["labels"]),
             output=data["output"],
+            target_mean=tuple(data["target_mean"]),
+            target_std=tuple(data["target_std"]),
+            threshold=data["threshold"],
         )
+
+
+def _check_scaling(*, width: int, each: str, **scaling: tuple[float, ...]) -> None:
+    """Checks a mean and a deviation, in this order, of `width` channels or values."""
+    for name, values in scaling.items():
+        if len(values) not in {1, width} or not all(map(_is_finite, values)):
+            wanted = f"1 or {width} finite values"
+            raise ValueError(f"expected {wanted}, got {name}={values}; give one per {each} or one for all")
+    name, deviation = list(scaling.items())[-1]
+    if min(deviation) <= 0:
+        raise ValueError(f"expected values greater than 0, got {name}={deviation}; leave out a constant {each}")
 
 
 def _is_integer(value: object) -> bool:

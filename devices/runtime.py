@@ -1,6 +1,7 @@
 """A model file that can predict, whatever its format: ``open_artifact``."""
 
 import io
+import math
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,7 +33,7 @@ class Runtime(Protocol):
         """The runtime's version."""
 
     def predict(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Map preprocessed inputs ``(n, *shape)``, channel first, to logits ``(n, classes)``."""
+        """Map preprocessed inputs ``(n, *shape)``, channel first, to outputs ``(n, ...)``, such as logits."""
 
 
 def identify(path: Path) -> RuntimeName:
@@ -120,7 +121,7 @@ class _SandboxedRuntime:
                 "threads": self.threads,
             }
             device.run({"op": "predict", "model": model, "inputs": device.put(staged), "outputs": "outputs.npy"})
-            return _read_logits(device.get("outputs.npy"), count=len(inputs))
+            return _read_outputs(device.get("outputs.npy"), count=len(inputs))
 
 
 def _installed_version(name: RuntimeName) -> str:
@@ -133,7 +134,7 @@ def _installed_version(name: RuntimeName) -> str:
         ) from None
 
 
-def _read_logits(content: bytes, *, count: int) -> npt.NDArray[np.float32]:
+def _read_outputs(content: bytes, *, count: int) -> npt.NDArray[np.float32]:
     """Read a .npy file of unknown honesty: its header must agree with its size before anything is allocated."""
     stream = io.BytesIO(content)
     try:
@@ -143,12 +144,7 @@ def _read_logits(content: bytes, *, count: int) -> npt.NDArray[np.float32]:
     except ValueError as error:
         raise ArtifactRefused(f"the runtime wrote outputs that are no .npy file: {error}") from None
     body = content[stream.tell() :]
-    if (
-        fortran_order
-        or dtype != np.float32
-        or len(shape) != 2
-        or shape[0] != count
-        or 4 * count * shape[1] != len(body)
-    ):
-        raise ArtifactRefused(f"expected float32 outputs ({count}, classes), got {dtype} {shape} in {len(body)} bytes")
+    whole = not fortran_order and dtype == np.float32 and len(shape) >= 2 and shape[0] == count
+    if not whole or min(shape) < 1 or 4 * math.prod(shape) != len(body):
+        raise ArtifactRefused(f"expected float32 outputs ({count}, ...), got {dtype} {shape} in {len(body)} bytes")
     return np.frombuffer(body, dtype=np.float32).reshape(shape).copy()

@@ -228,7 +228,7 @@ def _train_shadow(composition: Composition, halves: Sequence[Records]) -> Arrays
             gate = None
             if ledger is not None and composition.mechanism.unit != "client":
                 gate = CohortGate(ledger, lambda context: owners[int(context.node_config["partition-id"])])
-            run_plan(replace(plan, evaluate=lambda number, arrays: None), owners, gate)
+            run_plan(replace(plan, evaluate=lambda number, arrays: None, doors=None, wait_s=0.0), owners, gate)
         finally:
             if ledger is not None:
                 ledger.close()

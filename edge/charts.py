@@ -6,13 +6,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tacit.edge.metric_words import metric_title, metric_value
 from tacit.edge.svg import SERIES, Chart, Point, render, write_text
-from tacit.edge.wording import duration, epsilon, finite, percent, plain, size
+from tacit.edge.wording import duration, epsilon, finite, plain, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["MARKERS", "Timing", "devices_of", "draw_charts", "runtimes_of", "spent_by_owner", "timings_of"]
+__all__ = [
+    "MARKERS",
+    "Timing",
+    "begins_at",
+    "devices_of",
+    "draw_charts",
+    "runtimes_of",
+    "spent_by_owner",
+    "timings_of",
+]
 
 MARKERS = (("o", "●"), ("D", "◆"), ("^", "▲"), ("s", "■"))  # matplotlib's name, and the same in a line of text
 _MOST_NAMED_OWNERS, _MOST_INTERVALS, _MOST_LABELS, _MOST_DEVICES = 24, 40, 16, 4
@@ -30,7 +40,7 @@ class Timing:
     p50_ci_us: Point | None
     p90_ci_us: Point | None
     size_bytes: float | None
-    accuracy: float | None
+    accuracy: float | None  # the task's metric
 
 
 # What there is to draw.
@@ -117,6 +127,20 @@ def _trace(rounds: object, key: str) -> list[Point]:
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
+def begins_at(summary: Mapping[str, Any]) -> float | None:
+    """Return where the axis of an R² is cut, or None: before it learns, a model may be far below 0, without a bound.
+
+    Example:
+        >>> rounds = [{"round": 1, "accuracy": -40.0}, {"round": 2, "accuracy": 0.5}]
+        >>> begins_at({"metric": "R2", "training": {"rounds": rounds}})
+        -1.0
+    """
+    curves = [_trace(summary["training"].get(key), "accuracy") for key in ("rounds", "twin")]
+    below = any(y < -1.0 for curve in curves for _, y in curve)
+    ends_above = all(curve[-1][1] > -1.0 for curve in curves if curve)
+    return -1.0 if summary.get("metric") == "R2" and below and ends_above else None
+
+
 # Drawing.
 
 
@@ -126,29 +150,31 @@ def draw_charts(summary: Mapping[str, Any]) -> dict[str, str]:
     private, twin = _trace(training.get("rounds"), "accuracy"), _trace(training.get("twin"), "accuracy")
     budget = _trace(training.get("rounds"), "epsilon")
     charts: list[Chart] = []
+    metric = summary.get("metric")
+    shown = partial(metric_value, metric=metric)
     if private or twin:
         # Neither the owners' table nor a round's ε says it: both may be empty at client level.
         protected = summary["privacy"].get("unit", "none") != "none"
         curves = [("private" if protected else "this run", private), ("twin", twin)]
-        draw = partial(_draw_curves, curves=curves, text=percent)
-        charts.append(Chart("accuracy", "Accuracy over the rounds of training", draw, 3.1))
+        draw = partial(_draw_curves, curves=curves, text=shown, bottom=begins_at(summary))
+        charts.append(Chart("accuracy", f"{metric_title(metric)} over the rounds of training", draw, 3.1))
     if budget:
         draw = partial(_draw_curves, curves=[("ε", budget)], text=epsilon)
         charts.append(Chart("budget", "ε spent after each round", draw, 3.1))
     if spent:
         height = 0.8 + 0.27 * min(len(spent), _MOST_NAMED_OWNERS)
         charts.append(Chart("owners", "ε per owner", partial(_draw_owners, spent=spent), height))
-    charts += _device_charts(timings_of(summary))
+    charts += _device_charts(timings_of(summary), shown)
     return {chart.name: render(chart) for chart in charts}
 
 
-def _device_charts(timings: Sequence[Timing]) -> Iterator[Chart]:
+def _device_charts(timings: Sequence[Timing], shown: Callable[[object], str]) -> Iterator[Chart]:
     runtimes = runtimes_of(timings)
     for index, device in enumerate(devices_of(timings)[:_MOST_DEVICES]):
         here = [t for t in timings if t.device == device]
         sized = [t for t in here if t.size_bytes is not None]
         if sized:
-            draw = partial(_draw_front, timings=sized, runtimes=runtimes)
+            draw = partial(_draw_front, timings=sized, runtimes=runtimes, shown=shown)
             yield Chart(f"front-{index}", f"Size against median latency on {device}", draw, 3.9)
         rows = here[:_MOST_INTERVALS]
         draw = partial(_draw_intervals, timings=rows, runtimes=runtimes)
@@ -156,16 +182,24 @@ def _device_charts(timings: Sequence[Timing]) -> Iterator[Chart]:
         yield Chart(f"latency-{index}", f"Latency from median to 90th percentile on {device}", draw, height)
 
 
-def _draw_curves(axes: "Axes", *, curves: Sequence[tuple[str, Sequence[Point]]], text: Callable[[object], str]) -> None:
+def _draw_curves(
+    axes: "Axes",
+    *,
+    curves: Sequence[tuple[str, Sequence[Point]]],
+    text: Callable[[object], str],
+    bottom: float | None = None,
+) -> None:
     drawn = [(name, xy, color) for (name, xy), color in zip(curves, SERIES, strict=False) if xy]
     for _, xy, color in drawn:
         axes.plot(*zip(*xy, strict=True), color=color, linewidth=2, marker="o" if len(xy) < 3 else None)
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
     low, high = axes.get_ylim()
     ends = [(name, xy[-1], color) for name, xy, color in drawn]
     shifts = _spread([(y - low) / (high - low) * 190 for _, (_, y), _ in ends], gap=16)
     for (name, (x, y), color), shift in zip(ends, shifts, strict=True):
         write_text(axes, f"{name} {text(y)}", (x, y), offset=(7, shift), color=color)
-    axes.yaxis.set_major_formatter(lambda y, _: percent(y) if text is percent else plain(float(y)))
+    axes.yaxis.set_major_formatter(lambda y, _: plain(float(y)) if text is epsilon else text(float(y)))
     axes.set_xlabel("round")
 
 
@@ -185,7 +219,9 @@ def _draw_owners(axes: "Axes", *, spent: Sequence[tuple[str, float]]) -> None:
     axes.set_xlabel("ε")
 
 
-def _draw_front(axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[str]) -> None:
+def _draw_front(
+    axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[str], shown: Callable[[object], str]
+) -> None:
     xs, ys = [t.p50_us for t in timings], [t.size_bytes or 0.0 for t in timings]
     if min(xs) > 0 and max(xs) / min(xs) > 15:
         axes.set_xscale("log")
@@ -195,7 +231,7 @@ def _draw_front(axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[s
         axes.plot([t.p50_us], [y], linestyle="", marker=MARKERS[index][0], markersize=8, color=SERIES[index])
     axes.set_ylim(bottom=0)
     if len(timings) <= _MOST_LABELS:
-        names = [f"{_short(t.variant)} {percent(t.accuracy)}" for t in timings]
+        names = [_short(t.variant) + ("" if t.accuracy is None else f" {shown(t.accuracy)}") for t in timings]
         _label_points(axes, list(zip(xs, ys, strict=True)), names)
     axes.xaxis.set_major_formatter(lambda x, _: duration(x))
     axes.yaxis.set_major_formatter(lambda y, _: size(y))

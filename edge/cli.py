@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from tacit.edge import cli_audit, cli_budget, cli_setup, cli_stages
+from tacit.edge import cli_audit, cli_budget, cli_deploy, cli_setup, cli_stages
 from tacit.edge.cli_output import Outcome
 
 __all__ = ["app", "main"]
@@ -28,12 +28,14 @@ _CODES = {
     "RecipeInvalid": 2,
     "PolicyInvalid": 2,
     "FolderMismatch": 2,
+    "KeyPresent": 2,
     "DataProblem": 3,
     "RecipeRefused": 4,
     "PrivacyRefused": 4,
     "AuditFailed": 4,
     "ArithmeticError": 4,
     "FederationFailed": 5,
+    "WorkerDied": 7,
     "FolderHeld": 5,
     "ChainHeld": 5,
     "ChainDamaged": 6,
@@ -53,7 +55,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # it would leave in silence; we say how to go on
 )
 app.meta.group_parameters = Group("Global options", sort_key=99)
-for _commands in (cli_stages, cli_setup, cli_budget, cli_audit):
+for _commands in (cli_stages, cli_setup, cli_budget, cli_audit, cli_deploy):
     _commands.register(app)
 
 

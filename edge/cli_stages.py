@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from tacit.edge.cli_output import Outcome
+from tacit.edge.metric_words import metric_name, metric_text
 
 if TYPE_CHECKING:
     from tacit.edge.progress import Console
 
-__all__ = ["register"]
+__all__ = ["register", "summary_outcome"]
 
 
 def register(app: App) -> None:
@@ -53,7 +54,7 @@ def run(
         summary = run_pipeline(resolved, folder, resume=resume, unsafe_seed=unsafe_seed, progress=console)
     finally:
         console.stop()
-    return _summary_outcome(summary, folder)
+    return summary_outcome(summary, folder)
 
 
 def train(folder: Path, /) -> Outcome:
@@ -110,6 +111,8 @@ def measure(folder: Path, /, *, device: str = "local") -> Outcome:
     if isinstance(artifacts, dict):
         rows += [_latency_row(name, entry) for name, entry in artifacts.items()]
     lines = _table(rows, words_from=len(rows[0]))
+    if result.get("input_source") == "synthetic":
+        lines.append("on synthetic inputs: no public ones were declared")
     if isinstance(failed, dict):
         lines += [f"{name}: not measured: {reason}" for name, reason in failed.items()]
     return Outcome(text="\n".join(lines), data=result, code=8 if failed else 0)
@@ -123,19 +126,23 @@ def report(folder: Path, /) -> Outcome:
     """
     from tacit.edge import pipeline
 
-    return _summary_outcome(pipeline.report(folder), folder)
+    return summary_outcome(pipeline.report(folder), folder)
 
 
-def _summary_outcome(summary: Mapping[str, object], folder: Path) -> Outcome:
+def summary_outcome(summary: Mapping[str, object], folder: Path) -> Outcome:
+    """What a finished run prints."""
     from tacit.edge.pipeline import privacy_line
 
     privacy, variants, failed = summary["privacy"], summary["variants"], summary["failed"]
-    lines = [f"accuracy  {_percent(summary['accuracy'])}{_gap(summary)}"]
+    metric = summary["metric"]
+    lines = [f"{metric_name(metric):<9} {metric_text(summary['accuracy'], metric)}{_gap(summary)}"]
     if isinstance(privacy, dict):
         lines.append(_wrapped(f"privacy   {privacy_line(privacy)}"))
     lines += _owners_line(summary)
     if isinstance(variants, list) and variants:
-        lines += ["", *_variant_lines(variants)]
+        lines += ["", *_variant_lines(variants, metric)]
+        if any((variant["parity"] or {}).get("input_source") == "synthetic" for variant in variants):
+            lines += ["", "inputs    synthetic, for latency and agreement: no public ones were declared"]
     if isinstance(failed, list):
         lines += [f"failed    {entry['stage']} {entry['name']}: {entry['reason']}" for entry in failed]
     page = next(folder.glob("report*.html"), folder)
@@ -149,16 +156,17 @@ def _owners_line(summary: Mapping[str, object]) -> list[str]:
     if not isinstance(found, dict) or found.get("mean") is None:
         return []
     by_owner = [entry["accuracy"] for entry in (found.get("by_owner") or {}).values()]
-    spread = f"; from {_percent(min(by_owner))} to {_percent(max(by_owner))} by owner" if by_owner else ""
+    spread = f"; from {metric_text(min(by_owner))} to {metric_text(max(by_owner))} by owner" if by_owner else ""
     interval = f" ({100 * found['low']:.1f} to {100 * found['high']:.1f})" if found["noise_sd"] else ""
-    return [_wrapped(f"owners    {_percent(found['mean'])}{interval} on their own records{spread}")]
+    return [_wrapped(f"owners    {metric_text(found['mean'])}{interval} on their own records{spread}")]
 
 
 def _gap(summary: Mapping[str, object]) -> str:
-    private, twin = summary["accuracy"], summary["accuracy_without_privacy"]
+    private, twin, metric = summary["accuracy"], summary["accuracy_without_privacy"], summary["metric"]
     if not isinstance(private, float) or not isinstance(twin, float):
         return ""
-    return f"; {_percent(twin)} without noise, a gap of {100 * (twin - private):.1f} points"
+    apart = f"{100 * (twin - private):.1f} points" if metric == "accuracy" else f"{twin - private:.3f}"
+    return f"; {metric_text(twin, metric)} without noise, a gap of {apart}"
 
 
 def _wrapped(line: str) -> str:
@@ -166,12 +174,13 @@ def _wrapped(line: str) -> str:
     return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * 10, break_long_words=False))
 
 
-def _variant_lines(variants: list[dict[str, object]]) -> list[str]:
-    rows = [["variant", "size", "accuracy", "p90", "label"]]
+def _variant_lines(variants: list[dict[str, object]], metric: object) -> list[str]:
+    rows = [["variant", "size", metric_name(metric), "p90", "label"]]
     for variant in variants:
         latency = variant.get("latency")
         local = latency.get("local", {}) if isinstance(latency, dict) else {}
-        numbers = [_size(variant["bytes"]), _percent(variant["accuracy"]), _microseconds(local.get("p90_us"))]
+        reached = metric_text(variant["accuracy"], metric)
+        numbers = [_size(variant["bytes"]), reached, _microseconds(local.get("p90_us"))]
         rows.append([str(variant["name"]), *numbers, str(variant["label"])])
     return _table(rows, words_from=4)
 
@@ -203,10 +212,6 @@ def _size(size_bytes: object) -> str:
 
 def _microseconds(value_us: object) -> str:
     return f"{value_us:.1f} µs" if isinstance(value_us, float) else "-"
-
-
-def _percent(share: object) -> str:
-    return f"{share:.1%}" if isinstance(share, float) else "not measured"
 
 
 def _console() -> Console:

@@ -71,11 +71,11 @@ def run(
         twin = _train(folder, shown)
         try:
             _state_privacy(folder)
-            _compress(folder, shown, again=False)
+            failed = _compress(folder, shown, again=False)
             twin.wait(shown)
         finally:
             twin.stop()
-        if folder.recipe.compression.variants:
+        if len(failed) < len(folder.recipe.compression.variants):
             for device in folder.recipe.devices.names:
                 _measure(folder, device, shown, again=False)
         return _report(folder, shown)
@@ -179,18 +179,22 @@ def _specs(recipe: Recipe) -> list[VariantSpec]:
 
 def _train(folder: RunFolder, progress: Progress) -> Twin:
     from tacit.edge.flower_app import train_in_process
+    from tacit.edge.metric_words import metric_name, metric_text
+    from tacit.edge.planning import task_of
 
     twin = Twin(folder)
     if folder.trained:
         return twin
     folder.bind()
+    metric = task_of(folder.recipe).metric
 
     def on_row(row: Mapping[str, object]) -> None:
         folder.log("round", **row)
         if "note" in row:
             progress.note(str(row["note"]))
         else:
-            progress.step(int(str(row["round"])), f"accuracy {_percent(row['accuracy'])}")
+            reached = metric_text(row["accuracy"], metric)
+            progress.step(int(str(row["round"])), f"{metric_name(metric)} {reached}")
 
     try:
         with _timed(folder, "train"):
@@ -207,18 +211,22 @@ def _train(folder: RunFolder, progress: Progress) -> Twin:
 def _state_privacy(folder: RunFolder) -> dict[str, object]:
     """The privacy card, fixed once the last private access is over; artifacts are stamped with its digest."""
     from tacit.edge.card import no_privacy_card, privacy_card
-    from tacit.edge.planning import planned
-    from tacit.federated.datasets import find_task
+    from tacit.edge.deployed_card import DEPLOYED, deployed_card
+    from tacit.edge.planning import planned, task_of
 
     recipe = folder.recipe
-    data = find_task(recipe.task.name).load()
-    plan = planned(recipe, data, void=folder.unsafe_seed is not None)
+    data = task_of(recipe).load()
+    deployed = (folder.path / DEPLOYED).is_file()
+    plan = planned(recipe, data, void=folder.unsafe_seed is not None, deployed=deployed)
     written = folder.read_json(folder.named("privacy.json"))
     if not plan.mechanism.private:
         card = no_privacy_card(folder)
     else:
         passes = [f"{s.name}: {p.name} ({_USED[p.data_use]})" for s in _specs(recipe) for p in s.passes]
-        card = privacy_card(folder, plan, data_status=data.status, passes=passes, with_prv=written is None)
+        if deployed:
+            card = deployed_card(folder, plan, data_status=data.status, passes=passes)
+        else:
+            card = privacy_card(folder, plan, data_status=data.status, passes=passes, with_prv=written is None)
     if written is not None:
         _compare_cards(folder, written, card)
         return written
@@ -255,9 +263,9 @@ def _compress(folder: RunFolder, progress: Progress, *, again: bool) -> dict[str
 def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool) -> dict[str, object]:
     from tacit.devices.local import LocalDevice
     from tacit.devices.protocol import measure as measure_artifacts
+    from tacit.edge.planning import task_of
+    from tacit.edge.sample_inputs import sample_inputs
     from tacit.edge.variants import built_artifacts
-    from tacit.federated.datasets import find_task
-    from tacit.federated.task import DataProblem
 
     if device != "local":
         raise RecipeInvalid(f"expected a device that can be reached, got {device!r}; known: local", "--device")
@@ -270,16 +278,15 @@ def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool)
     with _timed(folder, "measure"):
         # A step for each artifact alone, and one for each runtime that times its artifacts together.
         progress.begin("measure", len(artifacts) + len({artifact.path.suffix for artifact in artifacts}))
-        data = find_task(folder.recipe.task.name).load()
-        inputs = data.public if data.test is None else data.test.inputs
-        if inputs is None:
-            raise DataProblem("expected public inputs to measure with, got none; declare a public or a test split")
+        task = task_of(folder.recipe)
+        inputs = sample_inputs(task, task.load())
         mode = folder.recipe.devices.mode
         said = itertools.count(1)
         with LocalDevice() as local:
             result = measure_artifacts(
-                local, artifacts, inputs[:64], mode=mode, progress=lambda text: progress.step(next(said), text)
+                local, artifacts, inputs.values[:64], mode=mode, progress=lambda text: progress.step(next(said), text)
             )
+        result["input_source"] = inputs.source
         reach("measure.before_write")
         folder.write_json(result, "measure", f"{device}.json")
         progress.end(f"{len(result['artifacts'])} of {len(artifacts)} artifacts on {device}")
@@ -332,7 +339,3 @@ def privacy_line(card: Mapping[str, object]) -> str:
         f"ε = {epsilon:.2f} at δ = {card['delta']:g}, {card['unit']} level, {card['relation']}, {card['accountant']}; "
         f"against {card['adversary']}"
     )
-
-
-def _percent(value: object) -> str:
-    return f"{value:.1%}" if isinstance(value, float) else "not measured"

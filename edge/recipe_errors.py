@@ -43,7 +43,7 @@ def first_error(
 ) -> RecipeInvalid:
     """One line for the first thing that is wrong; the others show once it is mended."""
     first = error.errors()[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and _is_tag(part))]
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
     overridden = [o for o in overrides if _overlap(o.partition("=")[0].strip(), key)]
     where = f"--set {overridden[-1]}" if overridden else _place(text, location, path)
@@ -74,7 +74,12 @@ def _overlap(first: str, second: str) -> bool:
     return long.startswith(short) and long[len(short) :][:1] in ("", ".", "[")
 
 
-_UNION_TAGS = {"constrained-float", "float", "int", "str", "bool", "none"}
+def _is_tag(part: str) -> bool:
+    """Whether a part of a place names a member of a union rather than a key."""
+    return part in _UNION_TAGS or part.startswith(("literal[", "constrained-", "list["))
+
+
+_UNION_TAGS = {"float", "int", "str", "bool", "none"}
 
 
 def _place(text: str, location: Sequence[str | int], path: Path) -> str:

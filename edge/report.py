@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from tacit.edge.audit_charts import draw_audit_charts, membership_of
-from tacit.edge.charts import MARKERS, devices_of, draw_charts, runtimes_of, spent_by_owner, timings_of
+from tacit.edge.charts import MARKERS, begins_at, devices_of, draw_charts, runtimes_of, spent_by_owner, timings_of
+from tacit.edge.metric_words import (
+    apart,
+    metric_meaning,
+    metric_name,
+    metric_phrase,
+    metric_title,
+    metric_value,
+    of_spread,
+    points,
+)
+from tacit.edge.report_rounds import describe_traffic, is_at_most, list_aside, list_refusals
 from tacit.edge.wording import (
     UNMEASURED,
-    apart,
     audit_claim,
     audit_finding,
     audit_question,
@@ -24,7 +34,6 @@ from tacit.edge.wording import (
     moment,
     percent,
     plain,
-    points,
     size,
 )
 
@@ -107,7 +116,9 @@ def _checked(summary: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"expected {name} as {expected}, got {name}={part!r:.60}; run the report's stage again")
         parts[name] = part or empty
     parts["privacy"] = parts["privacy"] or {"unit": "none"}
-    return {**summary, **parts, **{key: finite(summary.get(key)) for key in ("accuracy", "accuracy_without_privacy")}}
+    metric = summary.get("metric")
+    reached = {key: finite(summary.get(key)) for key in ("accuracy", "accuracy_without_privacy")}
+    return {**summary, **parts, **reached, "metric": metric if isinstance(metric, str) and metric else "accuracy"}
 
 
 def _render(summary: dict[str, Any]) -> str:
@@ -124,7 +135,8 @@ def _render(summary: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     audited = (audit_question, audit_finding, audit_claim, audit_verdict)
-    for text_of in (apart, percent, points, size, duration, epsilon, plain, moment, *audited):
+    measured = (apart, points, of_spread, metric_meaning, metric_name, metric_phrase, metric_title, metric_value)
+    for text_of in (percent, size, duration, epsilon, plain, moment, *measured, *audited):
         environment.filters[text_of.__name__] = text_of
     privacy, timings, variants = summary["privacy"], timings_of(summary), summary["variants"]
     spent, owners = spent_by_owner(privacy), _count_owners(summary)
@@ -139,7 +151,13 @@ def _render(summary: dict[str, Any]) -> str:
         ability=_ABILITIES.get(str(summary.get("task"))),
         owners=_name_owners(owners),
         alone=owners == 1,
-        accuracy_interval=_wilson(summary["accuracy"], finite(summary.get("test_examples"))),
+        accuracy_interval=_interval(summary),
+        axis_from=begins_at(summary),
+        at_most=is_at_most(summary),
+        traffic=describe_traffic(summary["training"]),
+        refusals=list_refusals(summary["training"]),
+        aside=list_aside(summary["training"]),
+        made_up=_made_up(variants),
         forms=_describe_forms(variants),
         baselines=_find_baselines(variants),
         flags=_explain_flags(variants),
@@ -154,6 +172,13 @@ def _render(summary: dict[str, Any]) -> str:
     )
 
 
+def _interval(summary: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the interval of an accuracy; other metrics are no shares."""
+    if summary["metric"] != "accuracy":
+        return None
+    return _wilson(summary["accuracy"], finite(summary.get("test_examples")))
+
+
 def _wilson(share: float | None, examples: float | None) -> tuple[float, float] | None:
     """Return the 95 % interval of a share (Wilson 1927), which stays inside [0, 1] where the normal one does not."""
     if share is None or not examples:
@@ -165,6 +190,13 @@ def _wilson(share: float | None, examples: float | None) -> tuple[float, float] 
 
 
 # What the page says about the variants.
+
+
+def _made_up(variants: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether agreement or latency were taken on synthetic inputs, for lack of public ones."""
+    found = [v.get("parity") for v in variants]
+    found += [timing for v in variants for timing in (v.get("latency") or {}).values()]
+    return any(isinstance(f, Mapping) and f.get("input_source") == "synthetic" for f in found)
 
 
 def _describe_forms(variants: Sequence[Mapping[str, Any]]) -> str:

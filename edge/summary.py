@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tacit.devices.durable import FileDamaged
+from tacit.edge.planning import task_of
 from tacit.edge.run_folder import RunFolder
+from tacit.edge.wording import finite
 from tacit.federated.accounting import Event, merge, reported_epsilon
 from tacit.federated.checkpoint import read_weights
-from tacit.federated.datasets import find_task
 from tacit.federated.evaluation import count_evaluations
 
 __all__ = ["summarise", "versions"]
@@ -27,7 +28,7 @@ _VARIANT_KEYS = {"name", "format", "label", "bytes", "sha256", "pruned", "parity
 def summarise(folder: RunFolder) -> dict[str, object]:
     """Every number of the report, from the files of the run directory."""
     privacy = folder.read_json(folder.named("privacy.json")) or {}
-    task = find_task(folder.recipe.task.name)
+    task = task_of(folder.recipe)
     test = task.load().test
     rounds = folder.read_rounds()
     twin = folder.read_rounds("twin")
@@ -38,14 +39,17 @@ def summarise(folder: RunFolder) -> dict[str, object]:
         "task": folder.recipe.task.name,
         "title": task.title,
         "created": folder.created,
-        "accuracy": rounds[-1]["accuracy"] if rounds else None,
-        "accuracy_without_privacy": twin[-1]["accuracy"] if twin else None,
+        "metric": task.metric,
+        "accuracy": finite(rounds[-1]["accuracy"]) if rounds else None,
+        "accuracy_without_privacy": finite(twin[-1]["accuracy"]) if twin else None,
         "test_examples": 0 if test is None else len(test),
         "privacy": privacy,
         "training": {
             "rounds": [{**_shown(r), "epsilon": curve.get(int(str(r["round"])))} for r in rounds],
             "owners_accuracy": next((r["owners_accuracy"] for r in reversed(rounds) if r.get("owners_accuracy")), None),
             "twin": [_shown(r) for r in twin],
+            "refusals": _refusals(rounds),
+            "set_aside": _set_aside(rounds),
             "owners": folder.recipe.federated.owners,
             "parameters": _parameters(folder),
             "model": folder.recipe.model.family,
@@ -89,7 +93,7 @@ def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
         for device, content in measured.items():
             artifacts = content.get("artifacts")
             if isinstance(artifacts, dict) and entry.name in artifacts:
-                latency[device] = artifacts[entry.name]
+                latency[device] = {**artifacts[entry.name], "input_source": content.get("input_source")}
         listed.append({**variant, "latency": latency})
     return listed
 
@@ -114,7 +118,7 @@ def _failures(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
 def _epsilon_curve(
     privacy: Mapping[str, object], rounds: int, evaluate_every: int, points: int = 12
 ) -> dict[int, float]:
-    """ε after some of the rounds, first and last included."""
+    """ε after some of the rounds, first and last included, for an owner that was there from the first one on."""
     if privacy.get("unit") in (None, "none"):
         return {}
     event = Event(
@@ -133,12 +137,37 @@ def _epsilon_curve(
         asked_by_then = done // evaluate_every if evaluate_every and done < rounds else planned
         return merge([(event, done * steps), *((e, asked_by_then) for e in also)])
 
-    curve = {r: reported_epsilon(history(r), delta, discretisation=1e-3) for r in chosen}
-    return {**curve, rounds: float(str(privacy["epsilon"]))}
+    stated = float(str(privacy["epsilon"]))  # less than the curve's where nobody was there in all rounds
+    curve = {r: min(reported_epsilon(history(r), delta, discretisation=1e-3), stated) for r in chosen}
+    return {**curve, rounds: stated}
 
 
 def _shown(row: Mapping[str, object]) -> dict[str, object]:
-    return {"round": row["round"], "accuracy": row["accuracy"]}
+    """A round as the report shows it; at client level there is neither traffic nor time."""
+    known = {key: row[key] for key in ("bytes_down", "bytes_up", "simulated_s") if row.get(key) is not None}
+    return {"round": row["round"], "accuracy": finite(row["accuracy"]), **known}
+
+
+def _refusals(rounds: Sequence[Mapping[str, object]]) -> dict[str, int]:
+    """How often owners that were asked gave no update, by reason."""
+    counts: dict[str, int] = {}
+    for row in rounds:
+        refusals = row.get("refusals")
+        for reason, count in (refusals if isinstance(refusals, dict) else {}).items():
+            counts[reason] = counts.get(reason, 0) + int(count)
+    return counts
+
+
+def _set_aside(rounds: Sequence[Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    """Owners whose answers the front door set aside: in how many rounds, and why in the last of them."""
+    counts: dict[str, int] = {}
+    last: dict[str, str] = {}
+    for row in rounds:
+        aside = row.get("set_aside")
+        for owner, reason in (aside if isinstance(aside, dict) else {}).items():
+            counts[owner] = counts.get(owner, 0) + 1
+            last[owner] = str(reason)
+    return {owner: {"rounds": counts[owner], "reason": last[owner]} for owner in sorted(counts)}
 
 
 def _parameters(folder: RunFolder) -> int:

@@ -22,7 +22,7 @@ class Twin:
 
     def __init__(self, folder: RunFolder) -> None:
         """Starts it, where the recipe asks for one, every split is a public benchmark, and it is not there yet."""
-        from tacit.federated.datasets import find_task
+        from tacit.edge.planning import task_of
 
         recipe = folder.recipe
         self._log = folder.path / "twin.log"
@@ -34,7 +34,7 @@ class Twin:
             return
         if not wanted:
             return
-        if find_task(recipe.task.name).load().status != "public-benchmark":
+        if task_of(recipe).load().status != "public-benchmark":
             return
         code = "import sys; from tacit.edge.twin import train_twin; train_twin(sys.argv[1], int(sys.argv[2]))"
         with self._log.open("wb") as log:
@@ -88,4 +88,5 @@ def train_twin(path: str, parent: int) -> None:
 def _forget_model(folder: Path) -> None:
     """Keeps the twin's curve and nothing else: its model carries no guarantee and must not be shipped by mistake."""
     (folder / "weights.safetensors").unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    for kept in ("checkpoint", "kept"):
+        shutil.rmtree(folder / kept, ignore_errors=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tacit.compression.material import Material
@@ -20,11 +21,12 @@ from tacit.devices.failpoint import reach
 from tacit.devices.protocol import Artifact
 from tacit.devices.runtime import open_artifact
 from tacit.edge.composition import build_model
+from tacit.edge.planning import task_of
 from tacit.edge.progress import Progress
 from tacit.edge.run_folder import RunFolder
+from tacit.edge.sample_inputs import sample_inputs
+from tacit.edge.wording import finite
 from tacit.federated.checkpoint import load_checkpoint, read_weights
-from tacit.federated.datasets import find_task
-from tacit.federated.task import Data
 from tacit.federated.train import Arrays, read_arrays
 
 __all__ = ["built_artifacts", "make_variants"]
@@ -33,7 +35,7 @@ __all__ = ["built_artifacts", "make_variants"]
 def make_variants(
     folder: RunFolder, specs: Sequence[VariantSpec], progress: Progress, *, again: bool
 ) -> dict[str, str]:
-    """Builds variants into DIR/variants and measures parity and accuracy in each artifact's own runtime.
+    """Builds variants into DIR/variants and measures parity and the task's metric in each artifact's own runtime.
 
     Args:
         folder: a trained run.
@@ -42,7 +44,8 @@ def make_variants(
         again: also build what is already there.
 
     Returns:
-        Reasons of those that could not be built, by name; the others are complete.
+        Reasons of those that could not be built or judged, by name; nothing is left of these, and the others are
+        complete.
     """
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="tacit-") as scratch:
@@ -52,6 +55,7 @@ def make_variants(
                 try:
                     workshop.make(spec)
                 except (ValueError, RuntimeError) as error:  # one variant's failure is not the others'
+                    shutil.rmtree(folder.path / "variants" / spec.name, ignore_errors=True)
                     failed[spec.name] = (str(error).splitlines() or [type(error).__name__])[0]
                     folder.log("variant failed", name=spec.name, reason=str(error))
                     progress.note(f"variant {spec.name} failed: {failed[spec.name]}")
@@ -65,7 +69,7 @@ class _Workshop:
     def __init__(self, folder: RunFolder, scratch: Path) -> None:
         recipe = folder.recipe
         self._scratch = scratch
-        task = find_task(recipe.task.name)
+        self._task = task = task_of(recipe)
         self._folder, self._seed = folder, recipe.federated.seed
         self._data = task.load()
         self._model = build_model(recipe)
@@ -76,7 +80,9 @@ class _Workshop:
             example_inputs=torch.zeros(1, *task.interface.shape),
             public=public,
             loss=task.loss,
+            answers="classes" if task.kind == "classification" else "values",
         )
+        self._inputs = sample_inputs(task, self._data)
         self._shaped: dict[str, Shaped] = {}
         privacy = (folder.path / folder.named("privacy.json")).read_bytes()
         self.stamp = {"tacit.privacy_sha256": hashlib.sha256(privacy).hexdigest(), "tacit.task": task.name}
@@ -121,20 +127,24 @@ class _Workshop:
         return path
 
     def _judge(self, about: Mapping[str, object], shaped: Shaped) -> dict[str, object]:
-        """Parity with the PyTorch model that it came from, and accuracy, both on what the artifact's runtime says."""
-        inputs = _inputs(self._data)
-        if inputs is None:
-            return {"parity": None, "accuracy": None}
-        artifact = _artifact(self._folder, about)
-        logits = open_artifact(artifact.path, input_layout=artifact.input_layout).predict(inputs)
+        """Parity with the PyTorch model that it came from, and the metric, both on what the artifact's runtime says."""
+        inputs, artifact = self._inputs, _artifact(self._folder, about)
+        outputs = open_artifact(artifact.path, input_layout=artifact.input_layout).predict(inputs.values)
         with torch.inference_mode():
-            reference = shaped.model(torch.from_numpy(inputs)).numpy()
-        parity = compare(reference, logits)
+            reference = shaped.model(torch.from_numpy(inputs.values)).numpy()
+        parity = compare(reference, outputs, answers=self._material.answers)
+        if not math.isfinite(parity.max_abs):
+            raise ValueError(f"expected finite outputs of {artifact.path.name}, got NaN or infinity; leave a pass out")
         test = self._data.test
-        accuracy = None if test is None else float((logits.argmax(1) == test.labels).mean())
         return {
-            "parity": {"top1_agreement": parity.top1_agreement, "max_abs": parity.max_abs, "cosine": parity.cosine},
-            "accuracy": accuracy,
+            "parity": {
+                "top1_agreement": parity.top1_agreement,
+                "max_abs": parity.max_abs,
+                "cosine": parity.cosine,
+                **({} if parity.spread is None else {"spread": parity.spread}),
+                "input_source": inputs.source,
+            },
+            "accuracy": None if test is None else finite(self._task.score_outputs(test, outputs)),
         }
 
 
@@ -178,7 +188,3 @@ def _artifact(folder: RunFolder, about: Mapping[str, object]) -> Artifact:
         path=folder.path / "variants" / name / folder.named(f"model.{about['format']}"),
         input_layout="channel_last" if about["input_layout"] == "channel_last" else "channel_first",
     )
-
-
-def _inputs(data: Data) -> npt.NDArray[np.float32] | None:
-    return data.public if data.test is None else data.test.inputs

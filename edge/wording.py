@@ -8,7 +8,6 @@ from datetime import datetime
 
 __all__ = [
     "UNMEASURED",
-    "apart",
     "audit_claim",
     "audit_finding",
     "audit_question",
@@ -19,7 +18,6 @@ __all__ = [
     "moment",
     "percent",
     "plain",
-    "points",
     "size",
 ]
 
@@ -51,36 +49,6 @@ def percent(value: object) -> str:
         return UNMEASURED
     hundredths = round(100 * share, 1)
     return f"{99.9 if hundredths == 100 and share < 1 else hundredths:g}{_SPACE}%"
-
-
-def points(value: object, reference: object) -> str:
-    """Return the difference of two shares in percentage points, with its sign, or an empty string.
-
-    Example:
-        >>> points(0.97, 0.95).replace("\u00a0", " "), points(0.97, None)
-        ('+2 pt', '')
-    """
-    share, other = finite(value), finite(reference)
-    if share is None or other is None:
-        return ""
-    difference = round(100 * (share - other), 1)
-    sign = "±" if not difference else "+" if difference > 0 else "\N{MINUS SIGN}"
-    return f"{sign}{abs(difference):g}{_SPACE}pt"
-
-
-def apart(with_noise: object, without_noise: object) -> str:
-    """Return how far two accuracies are apart, and which of them is higher, or an empty string.
-
-    Example:
-        >>> apart(0.94, 0.967).replace("\u00a0", " "), apart(0.94, 0.94).replace("\u00a0", " "), apart(0.94, None)
-        ('2.7 pt apart, higher without noise', 'less than 0.1 pt apart', '')
-    """
-    difference = points(without_noise, with_noise)
-    if not difference:
-        return ""
-    if difference.startswith("±"):
-        return f"less than 0.1{_SPACE}pt apart"
-    return f"{difference[1:]} apart, higher {'without' if difference.startswith('+') else 'with'} noise"
 
 
 def _scaled(value: object, units: Sequence[str]) -> str:

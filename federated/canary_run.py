@@ -208,6 +208,8 @@ def train_with_canaries(
         evaluate=after_round,
         progress=lambda row: None,
         owner_names=[owner.name for owner in planted.owners],
+        doors=None,  # the model holds canaries besides, and all of its owners are ours
+        wait_s=0.0,
     )
     run_plan(plan, planted.owners, gate)
     if _log(run).exists():

@@ -13,14 +13,27 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from flwr.clientapp import ClientApp
 
 from tacit.devices.failpoint import reach
-from tacit.federated.averaging import from_record, to_record
+from tacit.federated.averaging import CORRECTION, LOSS, from_record, to_record
 from tacit.federated.evaluation import Evaluator, reply_metrics
 from tacit.federated.mechanism import Mechanism
 from tacit.federated.owner import Gate, Owner, note_error, under_charge
+from tacit.federated.personal import Asked
 from tacit.federated.train import Arrays
 from tacit.federated.turns import Book, Granted, Refused, Reservation, Turn
 
-__all__ = ["REFUSAL", "CohortGate", "Gate", "Owner", "OwnerGate", "describe_channels", "make_client_app", "reservation"]
+__all__ = [
+    "REFUSAL",
+    "CohortGate",
+    "Gate",
+    "Owner",
+    "OwnerGate",
+    "asked_of",
+    "describe_channels",
+    "make_client_app",
+    "reply_of",
+    "reservation",
+    "wants_loss",
+]
 
 _LOG = logging.getLogger("tacit")
 REFUSAL = 4  # the error code of a reply whose reason is one of three constants
@@ -45,8 +58,14 @@ def make_client_app(find_owner: Callable[[Context], Owner]) -> ClientApp:
     return app
 
 
-def reservation(message: Message, owner: Owner) -> Reservation | None:
-    """The request that a message amounts to, or None for an evaluation that nobody planned."""
+def reservation(message: Message, owner: Owner, *, body: str | None = None) -> Reservation | None:
+    """The request that a message amounts to, or None for an evaluation that nobody planned.
+
+    Args:
+        message: received.
+        owner: who received it.
+        body: its digest, where it is known already: in one process a cohort's messages share their content.
+    """
     mechanism = _mechanism(message, owner)
     if mechanism is None:
         return None
@@ -56,14 +75,15 @@ def reservation(message: Message, owner: Owner) -> Reservation | None:
         source=owner.source,
         run=str(config["run"]),
         round=_round(message),
-        body=_body_digest(message),
+        body=_body_digest(message) if body is None else body,
         mechanism=mechanism.describe(),
     )
 
 
 def _mechanism(message: Message, owner: Owner) -> Mechanism | None:
     if not _is_evaluation(message):
-        return owner.mechanism
+        # A loss on records has no noise: nobody with a guarantee answers a question that asks for one.
+        return None if owner.mechanism.private and wants_loss(message) else owner.mechanism
     return None if owner.evaluation is None else owner.evaluation.mechanism
 
 
@@ -79,20 +99,22 @@ def _train(message: Message, owner: Owner) -> Message:
     if owner.mechanism.unit == "client":
         return _within_cohort(message, owner, lambda: _clipped_update(message, owner))
 
+    losses: dict[str, float] = {}
+
     def compute() -> Arrays:
-        return owner.trainer.update(_arrays(message), owner.records(), owner.randomness(_round(message)))
+        asked, records = asked_of(message), owner.records()
+        if wants_loss(message):
+            losses["loss"] = owner.trainer.mean_loss(asked.arrays, records)
+        return owner.kept.train(owner.trainer, asked, records, owner.randomness(asked.server_round))[0]
 
-    def reply(after: Arrays) -> Message:
-        # num-examples is a constant: an owner's size must not leave, and Flower's own strategies ask for the key.
-        return _reply(message, after, MetricRecord({"num-examples": 1, "owner": owner.index}))
-
-    return _from_owner(message, owner, compute, reply)
+    return _from_owner(message, owner, compute, lambda sent: _reply(message, owner, sent, losses))
 
 
 def _evaluate(message: Message, owner: Owner, evaluation: Evaluator) -> Message:
     def compute() -> Arrays:
         # Where randomness has a seed, the round's own stream is the training's.
-        return evaluation.release(_arrays(message), owner.records(), owner.randomness(-_round(message)))
+        arrays = owner.kept.model(_arrays(message), _round(message))
+        return evaluation.release(arrays, owner.records(), owner.randomness(-_round(message)))
 
     def reply(counts: Arrays) -> Message:
         return Message(RecordDict({"metrics": reply_metrics(owner.index, counts)}), reply_to=message)
@@ -131,16 +153,27 @@ def _clipped_update(message: Message, owner: Owner) -> Message:
     clip_norm = message.content.config_records["config"]["clip_norm"]
     if not isinstance(clip_norm, float):
         raise TypeError(f"expected clip_norm as a float, got {clip_norm!r}")
-    after, unclipped = owner.trainer.client_update(
-        _arrays(message), owner.records(), owner.randomness(_round(message)), clip_norm=clip_norm
-    )
-    metrics = MetricRecord({"num-examples": 1, "owner": owner.index, "unclipped": int(unclipped)})
-    return _reply(message, after, metrics)
+    asked = asked_of(message, clip_norm)
+    sent, unclipped = owner.kept.train(owner.trainer, asked, owner.records(), owner.randomness(asked.server_round))
+    return _reply(message, owner, sent, {"unclipped": int(unclipped)})
 
 
-def _reply(message: Message, arrays: Arrays, metrics: MetricRecord) -> Message:
-    ordered = {name: arrays[name] for name in message.content.array_records["arrays"]}
-    return Message(RecordDict({"arrays": to_record(ordered), "metrics": metrics}), reply_to=message)
+def _reply(message: Message, owner: Owner, sent: Arrays, extra: Mapping[str, float]) -> Message:
+    codec, asked = owner.kept.codec, message.content.array_records["arrays"]
+    ordered = {name: sent[name] for name in (asked if codec is None else codec.wire_like(_arrays(message)))}
+    return reply_of(message, owner.index, ordered, extra)
+
+
+def reply_of(message: Message, index: int, ordered: Arrays, extra: Mapping[str, float] | None = None) -> Message:
+    """What an owner answers: arrays in the order in which they are expected, and public numbers."""
+    # num-examples is a constant: an owner's size must not leave, and Flower's own strategies ask for the key.
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "num-examples": 1,
+        "owner": index,
+        "server-round": _round(message),
+        **(extra or {}),
+    }
+    return Message(RecordDict({"arrays": to_record(ordered), "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
 def _refusal(message: Message, reason: str) -> Message:
@@ -149,6 +182,23 @@ def _refusal(message: Message, reason: str) -> Message:
 
 def _arrays(message: Message) -> Arrays:
     return from_record(message.content.array_records["arrays"])
+
+
+def asked_of(message: Message, clip_norm: float | None = None, arrays: Arrays | None = None) -> Asked:
+    """What a training message asks of an owner; its arrays need not be decoded again where somebody has them."""
+    correction = message.content.array_records.get(CORRECTION)
+    return Asked(
+        arrays=_arrays(message) if arrays is None else arrays,
+        server_round=_round(message),
+        correction=None if correction is None else from_record(correction),
+        clip_norm=clip_norm,
+    )
+
+
+def wants_loss(message: Message) -> bool:
+    """Whether a message asks for the model's loss on records besides."""
+    config = message.content.config_records.get("config")
+    return bool(config is not None and config.get(LOSS, False))
 
 
 def _is_evaluation(message: Message) -> bool:
@@ -165,11 +215,12 @@ def _round(message: Message) -> int:
 def _body_digest(message: Message) -> str:
     """SHA-256 of what was received; training and evaluation of the same arrays are different questions."""
     config: ConfigRecord = message.content.config_records["config"]
-    arrays: ArrayRecord = message.content.array_records["arrays"]
     digest = hashlib.sha256(b"evaluate\n" if _is_evaluation(message) else b"")
-    for name, array in arrays.items():
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)} {len(array.data)}\n".encode())
-        digest.update(array.data)
+    records: Mapping[str, ArrayRecord] = message.content.array_records
+    for record in sorted(records):
+        for name, array in records[record].items():
+            digest.update(f"{record} {name} {array.dtype} {tuple(array.shape)} {len(array.data)}\n".encode())
+            digest.update(array.data)
     digest.update(json.dumps({name: str(config[name]) for name in sorted(config)}).encode())
     return digest.hexdigest()
 
@@ -226,6 +277,7 @@ class CohortGate:
 
     ledger: Book
     find_owner: Callable[[Context], Owner]
+    _requests: dict[str, Reservation] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
     _payloads: dict[str, bytes] = field(default_factory=dict)
     _failed: list[str] = field(default_factory=list)
@@ -233,8 +285,15 @@ class CohortGate:
 
     def begin(self, work: Iterable[tuple[Message, Context]]) -> None:
         """Reserves for every client of the cohort."""
-        asked = (reservation(message, self.find_owner(context)) for message, context in work)
-        self.begin_requests([request for request in asked if request is not None])
+        self._requests, bodies = {}, {}
+        for message, context in work:
+            shared = (id(message.content), message.metadata.message_type)
+            if shared not in bodies:
+                bodies[shared] = _body_digest(message)
+            request = reservation(message, self.find_owner(context), body=bodies[shared])
+            if request is not None:
+                self._requests[message.metadata.message_id] = request
+        self.begin_requests(list(self._requests.values()))
 
     def begin_requests(self, requests: Sequence[Reservation]) -> None:
         """Reserves for what has not come as messages."""
@@ -243,6 +302,11 @@ class CohortGate:
         for request, turn in zip(requests, turns, strict=True):
             self._turns.setdefault(request.key, turn)  # a message that came twice is refused the second time
         self._payloads, self._failed = {}, []
+
+    def granted(self, message: Message) -> Reservation | None:
+        """What a message was granted, as long as nobody has taken it up; None where it may not be computed."""
+        request = self._requests.get(message.metadata.message_id)
+        return request if request and isinstance(self._turns.get(request.key), Granted) else None
 
     def reserve(self, request: Reservation) -> Turn:
         """The turn that `begin` got, once."""
@@ -280,6 +344,7 @@ def describe_channels(unit: str, *, evaluated: bool = False) -> Mapping[str, str
     fixed = {
         "num-examples": "the constant 1",
         "owner index": "public",
+        "round": "public",
         "errors": "3 constants",
         "reply time": "not protected: how long the work took shows",
     }

@@ -14,13 +14,15 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load, save
 
 from tacit.devices.failpoint import reach
-from tacit.federated.averaging import ServerOptimizer, ask, from_record, momentum_step, to_record
+from tacit.federated.averaging import decoded, from_record, part, to_record
 from tacit.federated.clipping import AdaptiveClip, Arrays
-from tacit.federated.evaluation import Evaluations
+from tacit.federated.evaluation import Evaluations, ask
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import Randomness
 from tacit.federated.rounds import FederationFailed
+from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.turns import Book, Granted, Refused, Replay, Reservation, Turn
+from tacit.federated.update_codec import Codec
 
 __all__ = ["SERVER", "PoissonCohorts", "ServerCharge"]
 
@@ -103,7 +105,8 @@ class PoissonCohorts(Strategy):
         quorum: registered clients that must be reachable before the draw.
         ledger: None for the twin.
         clip: learned while training, or None for a fixed norm.
-        velocity: the server's momentum, part of a checkpoint.
+        optimizer_state: part of a checkpoint.
+        codec: what answers are sent as, decoded before they are clipped; None for whole models.
         evaluations: when to ask a second cohort how often the model is right; never when None.
     """
 
@@ -115,7 +118,8 @@ class PoissonCohorts(Strategy):
     quorum: int
     ledger: Book | None
     clip: AdaptiveClip | None = None
-    velocity: Arrays | None = None
+    optimizer_state: Arrays = field(default_factory=dict)
+    codec: Codec | None = None
     evaluations: Evaluations | None = None
     _weights: Arrays = field(default_factory=dict)
     _charge: ServerCharge = ServerCharge(ledger=None, turn=Refused("unavailable"))
@@ -161,12 +165,12 @@ class PoissonCohorts(Strategy):
             return None, None
         if self.clip is not None:
             self.clip = self.clip.moved_to(float(release.pop(_CLIP)))
-        weights, self.velocity = momentum_step(
+        weights, self.optimizer_state = self.optimizer.step(
             self._weights,
             {name: self._weights[name] + release[name] for name in self._weights},
-            self.velocity,
-            learning_rate=self.optimizer.rate(server_round, self.rounds),
-            momentum=self.optimizer.momentum,
+            self.optimizer_state,
+            server_round=server_round,
+            rounds=self.rounds,
         )
         return to_record(weights), None
 
@@ -197,7 +201,7 @@ class PoissonCohorts(Strategy):
 
     def state(self) -> Arrays:
         """What a checkpoint keeps."""
-        kept = {f"velocity.{name}": array for name, array in (self.velocity or {}).items()}
+        kept = {f"optimizer.{name}": array for name, array in self.optimizer_state.items()}
         if self.clip is not None:
             kept[_CLIP] = np.array(self.clip.clip_norm, np.float32)
         return kept
@@ -206,8 +210,7 @@ class PoissonCohorts(Strategy):
         """Takes up what `state` kept."""
         if self.clip is not None and _CLIP in state:
             self.clip = self.clip.moved_to(float(state[_CLIP]))
-        velocity = {n.removeprefix("velocity."): a for n, a in state.items() if n.startswith("velocity.")}
-        self.velocity = velocity or None
+        self.optimizer_state = part(dict(state), "optimizer.")
 
     def summary(self) -> None:
         """Nothing to log: the recipe says it all."""
@@ -250,11 +253,13 @@ class PoissonCohorts(Strategy):
     def _contribution(self, content: RecordDict) -> Arrays | None:
         """A client's update, or None when it breaks a rule that looks at this reply alone."""
         record = content.array_records.get("arrays")
-        if record is None or list(record) != list(self._weights):
+        if record is None:
             return None
         try:
-            arrays = from_record(record)
+            arrays = decoded(from_record(record), self._weights, self.codec)
         except (ValueError, TypeError, EOFError):
+            return None
+        if list(arrays) != list(self._weights):
             return None
         if any(_kind(arrays[name]) != _kind(self._weights[name]) for name in arrays):
             return None

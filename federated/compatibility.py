@@ -92,6 +92,14 @@ _TABLE: dict[str, tuple[Need, Need]] = {
         Need(never=True, why="its bits are computed for whole updates; records' gradients have no such release"),
         Need(("z < 2 sigma_b",), "the bits would take all of the noise"),
     ),
+    "own strategy": (
+        Need(("it sees noised replies only",), "what it makes of anything else has no noise"),
+        Need(never=True, why="cohorts, clip and noise are the server's own, and it would replace them"),
+    ),
+    "owners of a round": (
+        Need(("chosen by public randomness",), "a choice that depends on records tells of them"),
+        Need(never=True, why="its cohorts are drawn in secret, at privacy.sample_rate"),
+    ),
     "client metrics": (
         Need(("noised and charged",), "counts, losses and accuracies of records tell of them"),
         Need(("inside the clipped vector",), "beside the clipped vector nothing is noised"),

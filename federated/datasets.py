@@ -11,7 +11,8 @@ from torch import nn
 
 from tacit.devices.interface import Interface
 from tacit.federated import writers
-from tacit.federated.models_image import cnn
+from tacit.federated.files import DataDescription, describe_task
+from tacit.federated.models import build_family
 from tacit.federated.noise import public_generator
 from tacit.federated.task import Data, Records, Task
 
@@ -21,17 +22,24 @@ _TEST_RECORDS = 360
 _PUBLIC_RECORDS = 90
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str, description: DataDescription | None = None) -> Task:
     """The task that a recipe names: a built-in one, or "package.module:name" of an importable `Task`.
 
     A name that stands for a function is called without arguments.
 
+    Args:
+        name: of the task.
+        description: of a user's own files, of which the task is made instead.
+
     Raises:
+        DataProblem: described files whose header cannot be read.
         ValueError: no such task; the message suggests one.
 
     >>> find_task("digits").interface.shape
     (1, 8, 8)
     """
+    if description is not None:
+        return describe_task(description)
     if ":" in name:
         return _imported(name)
     tasks = {"digits": _digits, "writers": _writers}
@@ -82,7 +90,7 @@ def _digits() -> Task:
         )
 
     def build(parameters: Mapping[str, object]) -> nn.Module:
-        return cnn(shape=(1, 8, 8), classes=10, **parameters)  # type: ignore[arg-type]  # checked by the recipe
+        return build_family(parameters, shape=interface.shape, outputs=len(interface.labels))
 
     return Task(name="digits", title="Handwritten digits", interface=interface, load=load, build=build)
 
@@ -100,6 +108,6 @@ def _writers() -> Task:
         )
 
     def build(parameters: Mapping[str, object]) -> nn.Module:
-        return cnn(shape=(1, 16, 16), classes=len(writers.CLASSES), **parameters)  # type: ignore[arg-type]  # as above
+        return build_family(parameters, shape=writers.INTERFACE.shape, outputs=len(writers.CLASSES))
 
     return Task(name="writers", title="Characters by many writers", interface=writers.INTERFACE, load=load, build=build)

@@ -9,19 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 
 from tacit.federated.clipping import Arrays
 from tacit.federated.mechanism import Mechanism
+from tacit.federated.model_arrays import joined, read_arrays
 from tacit.federated.noise import Randomness
 from tacit.federated.noisy_sum import client_mean, noisy_sum, sum_mechanism
 from tacit.federated.task import Model, Records
-from tacit.federated.train import read_arrays
 
 __all__ = [
     "Evaluations",
     "Evaluator",
     "Share",
+    "ask",
     "count_evaluations",
     "evaluation_mechanism",
     "owners_accuracy",
@@ -91,7 +93,7 @@ class Evaluator:
         Returns:
             "counts", (2,): of right and wrong answers (units record and none), or their shares (client, local).
         """
-        read_arrays(self.model, arrays)
+        read_arrays(self.model, joined(self.model, {}, arrays))
         self.model.eval()
         with torch.inference_mode():
             if self.mechanism.unit == "client":
@@ -103,6 +105,12 @@ class Evaluator:
         right = (self.model(inputs).argmax(1) == labels).to(torch.float32)
         counts = torch.cat([right, 1.0 - right])
         return counts - 0.5 if self.mechanism.unit == "local" else counts
+
+
+def ask(nodes: Iterable[int], message_type: str, arrays: ArrayRecord, config: ConfigRecord) -> list[Message]:
+    """The same question for each node, in their order."""
+    content = RecordDict({"arrays": arrays, "config": config})
+    return [Message(content, node, message_type) for node in nodes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +137,13 @@ class Evaluations:
         [2, 4, 5]
         """
         return _is_due(server_round, self.rounds, self.every)
+
+    def ask(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """One message for each node in a round whose evaluation was planned; each owner charges it."""
+        if not self.due(server_round):
+            return []
+        asked = ConfigRecord({**config, "server-round": server_round})
+        return ask(sorted(grid.get_node_ids()), MessageType.EVALUATE, arrays, asked)
 
     @property
     def noise_sd(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["CLIENT_APP_RAISED", "InProcessGrid", "Transaction", "quiet_flower"]
+__all__ = ["CLIENT_APP_RAISED", "InProcessGrid", "Joint", "Transaction", "quiet_flower"]
 
 CLIENT_APP_RAISED = 2  # Flower's own code for a ClientApp that raised
 _SERVER_NODE = 1
@@ -31,11 +31,23 @@ class Transaction(Protocol):
         ...
 
 
+class Joint(Protocol):
+    """What clients have in common may be computed for all of them at once."""
+
+    def answer(self, work: Sequence[tuple[Message, Context]]) -> Sequence[Message] | None:
+        """After `begin`: the replies, or None where each client is still to be asked."""
+        ...
+
+
 class InProcessGrid(Grid):
     """Runs a ClientApp for each message, one after another, in the order of the nodes."""
 
     def __init__(
-        self, client_app: ClientApp, contexts: Mapping[int, Context], transaction: Transaction | None = None
+        self,
+        client_app: ClientApp,
+        contexts: Mapping[int, Context],
+        transaction: Transaction | None = None,
+        joint: Joint | None = None,
     ) -> None:
         """Connects nodes.
 
@@ -43,8 +55,10 @@ class InProcessGrid(Grid):
             client_app: the app that every node runs.
             contexts: node id → its context; ids above 1.
             transaction: wraps each cohort, or None.
+            joint: takes part of a cohort's work at once, or None.
         """
         self._client_app, self._contexts, self._transaction = client_app, dict(contexts), transaction
+        self._joint = joint
         self._replies: dict[str, Message] = {}
         self._run: Run | None = None
         # Message(...) reads these; in a Flower process the runtime sets them.
@@ -93,7 +107,8 @@ class InProcessGrid(Grid):
             message.metadata.__dict__["_message_id"] = secrets.token_hex(16)
         if self._transaction is not None:
             self._transaction.begin(work)
-        replies = [self._answer(message, context) for message, context in work]
+        joint = None if self._joint is None else self._joint.answer(work)
+        replies = [self._answer(message, context) for message, context in work] if joint is None else joint
         if self._transaction is not None:
             self._transaction.commit()
         return replies

@@ -48,43 +48,40 @@ def refuse_mixing_layers(model: torch.nn.Module) -> None:
         raise PrivacyRefused(f"expected no dropout, got layer(s) {', '.join(seeded)}; its randomness is not secret")
 
 
-def trial_records(shape: tuple[int, ...], classes: int, *, records: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Public records to try a model on: zeros and ones, which are valid pixels, columns and tokens.
+def trial_records(shape: tuple[int, ...], *, records: int = 3) -> torch.Tensor:
+    """Public inputs to try a model on: zeros and ones, which are valid pixels, columns and tokens.
 
-    >>> inputs, labels = trial_records((2, 2), 10)
-    >>> inputs.shape, labels.tolist()
-    (torch.Size([3, 2, 2]), [0, 1, 2])
+    >>> trial_records((2, 2)).shape
+    torch.Size([3, 2, 2])
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randint(2, (records, *shape), generator=generator).float()
-    return inputs, torch.arange(records) % classes
+    return torch.randint(2, (records, *shape), generator=torch.Generator().manual_seed(0)).float()
 
 
-def refuse_mixing_loss(loss: Loss, classes: int) -> None:
+def refuse_mixing_loss(loss: Loss, targets: torch.Tensor, *, shape: tuple[int, ...]) -> None:
     """Refuses a loss in which a record's gradient depends on other records: one that is not a sum of their own terms.
 
-    It is tried on a few records of random logits, together and one by one.
+    It is tried on a few records of random outputs, together and one by one.
 
     Args:
-        loss: from logits (records, classes) and labels (records,) to a number.
-        classes: how many.
+        loss: from outputs (records, *shape) and targets (records, ...) to a number.
+        targets: of a few records, (records, ...).
+        shape: of the outputs for one record.
 
     Raises:
         PrivacyRefused: a mean, a contrast between records, a normalisation over them.
 
     >>> from torch.nn.functional import cross_entropy
-    >>> refuse_mixing_loss(lambda logits, labels: cross_entropy(logits, labels, reduction="sum"), 10)
-    >>> refuse_mixing_loss(cross_entropy, 10)
+    >>> refuse_mixing_loss(lambda o, t: cross_entropy(o, t, reduction="sum"), torch.arange(4), shape=(10,))
+    >>> refuse_mixing_loss(cross_entropy, torch.arange(4), shape=(10,))
     Traceback (most recent call last):
         ...
     tacit.federated.mechanism.PrivacyRefused: expected a loss that sums a term for each record, got one that mixes \
 records; sum over records what depends on one record alone
     """
-    _, labels = trial_records((), classes, records=4)
-    logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+    outputs = torch.randn(len(targets), *shape, generator=torch.Generator().manual_seed(0))
     try:
         # Also small, because a contrast between records vanishes where each is far from the others.
-        mixes = any(_mixes(loss, logits * scale, labels) for scale in (0.1, 1.0, 3.0))
+        mixes = any(_mixes(loss, outputs * scale, targets) for scale in (0.1, 1.0, 3.0))
     except (RuntimeError, ValueError, IndexError) as error:
         raise PrivacyRefused(f"expected a loss that takes any number of records, got {error}") from error
     if mixes:

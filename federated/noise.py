@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["Randomness", "SecretGenerator", "SeededGenerator", "public_generator"]
+
+# Gaussians from which on drawing them ahead is worth a thread: about a millisecond of work.
+_MUCH = 2**16
 
 
 class Randomness(Protocol):
@@ -48,6 +52,35 @@ class SeededGenerator:
         return self._generator.standard_normal(count) * standard_deviation
 
 
+class _Ahead(SeededGenerator):
+    """Draws much noise before it is asked for, in a second thread, while a step computes what the noise is added to.
+
+    What is drawn ahead comes from a stream of its own: it is the same noise, only earlier. What is never asked for is
+    never seen.
+    """
+
+    def __init__(self, seed: np.random.SeedSequence) -> None:
+        super().__init__(seed)
+        self._stream = np.random.Generator(np.random.PCG64DXSM(seed.spawn(1)[0]))
+        self._thread: ThreadPoolExecutor | None = None
+        self._ready: Future[npt.NDArray[np.float64]] | None = None
+        self._count = 0
+
+    def gaussian(self, count: int, standard_deviation: float) -> npt.NDArray[np.float64]:
+        """Independent centred Gaussians, (count,)."""
+        if count < _MUCH:
+            return super().gaussian(count, standard_deviation)
+        again = count == self._count
+        drawn = self._ready.result() if again and self._ready is not None else self._stream.standard_normal(count)
+        self._count = count
+        self._ready = None
+        if again:  # who asked twice for as much asks again
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="noise")
+            self._ready = self._thread.submit(self._stream.standard_normal, count)
+        drawn *= standard_deviation
+        return drawn
+
+
 class SecretGenerator:
     """Randomness keyed with 256 bits of the operating system's entropy inside the process that uses it.
 
@@ -68,7 +101,7 @@ class SecretGenerator:
         process = os.getpid()
         if self._stream is None or process != self._process:
             # NumPy mixes a seed down to a pool of 128 bits unless the pool is made larger.
-            self._stream = SeededGenerator(np.random.SeedSequence(secrets.randbits(256), pool_size=8))
+            self._stream = _Ahead(np.random.SeedSequence(secrets.randbits(256), pool_size=8))
             self._process = process
         return self._stream
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from tacit.federated.clipping import Arrays
 from tacit.federated.evaluation import Evaluator
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import Randomness
+from tacit.federated.personal import Kept
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer
 from tacit.federated.turns import Refused, Replay, Reservation, Turn
@@ -56,6 +57,7 @@ class Owner:
         gate: the ledger, or None without a guarantee.
         log: where this owner's errors go, on its own disk.
         evaluation: counts what a model gets right; None where no evaluation is planned, and every one is refused.
+        kept: what stays with this owner, and what its updates are sent as.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Owner:
     gate: Gate | None
     log: Path
     evaluation: Evaluator | None = None
+    kept: Kept = field(default_factory=Kept)
 
     def __post_init__(self) -> None:
         evaluated = self.mechanism if self.evaluation is None else self.evaluation.mechanism

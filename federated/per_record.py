@@ -21,7 +21,7 @@ from tacit.federated.mechanism import PrivacyRefused
 from tacit.federated.per_record_layers import KINDS, Use
 from tacit.federated.per_record_parts import norm_from_above
 
-__all__ = ["PerRecordSum", "RecordsUnclear", "unsupported_layers"]
+__all__ = ["Call", "PerRecordSum", "RecordsUnclear", "unsupported_layers", "uses_of"]
 
 Tensor = torch.Tensor
 Layer = torch.nn.Module
@@ -65,8 +65,17 @@ def _is_known(layer: Layer) -> bool:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of a layer in a forward pass, before its gradient is known."""
+class Call:
+    """One call of a layer in a forward pass, before its gradient is known.
+
+    Attributes:
+        layer: that was called.
+        inputs: what went in, detached.
+        version: of the inputs' memory, to notice a change in place.
+        out: where the gradient of what came out is found.
+        kept: what the layer's gradient needs besides.
+        elements: that are held, to choose how many records are taken at once.
+    """
 
     layer: Layer
     inputs: Tensor
@@ -161,26 +170,45 @@ class PerRecordSum:
             loss = self._loss(self._model(inputs), labels)
         if not calls:
             return {}
-        out = [call.out for call in calls]
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, out, allow_unused=True)
-        uses: dict[Layer, list[Use]] = {}
-        for call, gradient in zip(calls, gradients, strict=True):
-            if gradient is None:
-                continue
-            if not len(call.inputs) == len(gradient) == len(inputs):
-                raise RecordsUnclear(
-                    "expected layers whose first dimension is the records, got another; leave it alone"
-                )
-            if call.inputs._version != call.version:
-                raise RecordsUnclear("expected a layer's inputs to stay as they were, got a change in place")
-            uses.setdefault(call.layer, []).append(Use(inputs=call.inputs, gradient=gradient, kept=call.kept))
-        return uses
+        return uses_of(calls, loss, None, records=len(inputs))
+
+
+def uses_of(
+    calls: Iterable[Call], end: Tensor, gradient: Tensor | None, *, records: int, keep_graph: bool = False
+) -> dict[Layer, list[Use]]:
+    """By layer, its inputs and output gradients: a backward pass that ends at the outputs of layers.
+
+    Args:
+        calls: of a forward pass.
+        end: where the backward pass begins: a loss, or the model's output.
+        gradient: at the end; None for a loss.
+        records: the first dimension of every input and output.
+        keep_graph: whether another backward pass follows.
+
+    Raises:
+        RecordsUnclear: a layer's inputs or outputs are not one row for each record, or changed in place.
+    """
+    noted = list(calls)
+    out = [call.out for call in noted]
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        end, out, gradient, allow_unused=True, retain_graph=keep_graph
+    )
+    uses: dict[Layer, list[Use]] = {}
+    for call, found in zip(noted, gradients, strict=True):
+        if found is None:
+            continue
+        if not len(call.inputs) == len(found) == records:
+            raise RecordsUnclear("expected layers whose first dimension is the records, got another; leave it alone")
+        if call.inputs._version != call.version:
+            raise RecordsUnclear("expected a layer's inputs to stay as they were, got a change in place")
+        uses.setdefault(call.layer, []).append(Use(inputs=call.inputs, gradient=found, kept=call.kept))
+    return uses
 
 
 @contextmanager
-def _listening(layers: Iterable[Layer]) -> Iterator[list[_Call]]:
+def _listening(layers: Iterable[Layer]) -> Iterator[list[Call]]:
     """While it lasts, every call of a layer is noted. Cheaper than hooks, and gone afterwards."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
     try:
         for layer in layers:
             vars(layer)["forward"] = partial(_noted, calls, layer)
@@ -190,7 +218,7 @@ def _listening(layers: Iterable[Layer]) -> Iterator[list[_Call]]:
             vars(layer).pop("forward", None)
 
 
-def _noted(calls: list[_Call], layer: Layer, inputs: Tensor) -> Tensor:
+def _noted(calls: list[Call], layer: Layer, inputs: Tensor) -> Tensor:
     out, kept = KINDS[type(layer)].call(layer, inputs)
     if out._is_view():  # an activation in place would rewrite the history of what it is a view of
         out = torch.ops.aten._unsafe_view(out, out.shape)
@@ -199,5 +227,5 @@ def _noted(calls: list[_Call], layer: Layer, inputs: Tensor) -> Tensor:
     # Where there are several positions, each record's gradient may be made.
     own = sum(parameter.numel() for parameter in _trainable(layer)) if inputs.dim() > 2 else 0
     elements = inputs.numel() + 2 * out.numel() + own
-    calls.append(_Call(layer, inputs.detach(), inputs._version, edge, kept, elements))
+    calls.append(Call(layer, inputs.detach(), inputs._version, edge, kept, elements))
     return out

@@ -12,10 +12,14 @@ is read. Which unit may stand in for which:
 At level local it shows that an owner takes part; at level client the server knows it, and those it sends models to do
 not. An owner for whom that matters asks for client and lists the recipes that it accepts.
 
-The format, every key of `[policy]` but the first three optional; `[sources.NAME]` says what differs for one source:
+The format, every key of `[policy]` but the first three optional; `[sources.NAME]` says what differs for one source, and
+`[data]` where the records of a described task lie on this disk, from this file:
 
     [owner]
     name = "anna"
+
+    [data]
+    path = "records.csv"
 
     [policy]
     unit = "record"               # "record", "client" or "local"
@@ -142,11 +146,13 @@ class OwnerPolicy:
         owner: its name.
         terms: for every source that is not named.
         sources: for those that are.
+        data: the file or folder of its records; None where the task finds them itself.
     """
 
     owner: str
     terms: Terms
     sources: Mapping[str, Terms] = field(default_factory=dict)
+    data: Path | None = None
 
     def terms_of(self, source: str) -> Terms:
         """What is accepted for a source."""
@@ -187,12 +193,16 @@ def load_policy(path: Path) -> OwnerPolicy:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PolicyInvalid(f"expected TOML in UTF-8, got a syntax error: {error}", str(path)) from None
-    _expect_known(content, ["owner", "policy", "sources"], str(path))
+    _expect_known(content, ["owner", "data", "policy", "sources"], str(path))
     owner = _table(content, "owner", str(path))
     _expect_known(owner, ["name"], f"{path}: [owner]")
     general = _table(content, "policy", str(path))
     sources = _table(content, "sources", str(path)) if "sources" in content else {}
+    data = _table(content, "data", str(path)) if "data" in content else None
+    if data is not None:
+        _expect_known(data, ["path"], f"{path}: [data]")
     return OwnerPolicy(
+        data=None if data is None else path.parent / Path(_text(data.get("path"), f"{path}: [data] path")).expanduser(),
         owner=_text(owner.get("name"), f"{path}: [owner] name"),
         terms=_terms(general, {}, f"{path}: [policy]"),
         sources={

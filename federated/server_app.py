@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import Protocol
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from tacit.devices.durable import write_durably
+from tacit.devices.durable import FileDamaged, write_durably
 from tacit.devices.failpoint import reach
-from tacit.federated.averaging import from_record, to_record
-from tacit.federated.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_weights
+from tacit.federated.averaging import from_record, part, to_record
+from tacit.federated.checkpoint import Checkpoint, State, load_checkpoint, save_checkpoint, write_weights
 from tacit.federated.evaluation import owners_accuracy
 from tacit.federated.mechanism import PrivacyRefused
-from tacit.federated.rounds import RoundReport, Trains, run_rounds
+from tacit.federated.rounds import Doors, RoundReport, Trains, run_rounds, wait_for
 from tacit.federated.train import Arrays
 
 __all__ = ["LedgerView", "ServerPlan", "make_server_app"]
+
+_BESIDE = "beside the strategy."
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,20 @@ class LedgerView:
     settled: Callable[[int], None]
 
 
-class Resumable(Trains, Protocol):
-    """A Flower strategy whose state a checkpoint can keep."""
+class Remembers(Protocol):
+    """Whatever has a state that a checkpoint can keep."""
 
-    def state(self) -> Arrays:
+    def state(self) -> State:
         """What a checkpoint keeps."""
         ...
 
-    def restore(self, state: Arrays) -> None:
+    def restore(self, state: State) -> None:
         """Takes up what `state` kept."""
         ...
+
+
+class Resumable(Trains, Remembers, Protocol):
+    """A Flower strategy whose state a checkpoint can keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,12 @@ class ServerPlan:
         progress: told of each round and of notes.
         owner_names: by index, for what the owners' own records say.
         purpose: of these rounds, where a run has others besides; it tells their charges apart.
+        doors: what replies must look like; everything is admitted when None.
+        checkpoint_s: least seconds between two checkpoints; 0 for one after every round.
+        wait_s: how long to wait for owners before a round; 0 in one process, where nobody can come later.
+        reachable: owners that must be there before a round.
+        beside: what else a checkpoint keeps the state of (the failures of a simulation), or None.
+        clock_s: simulated seconds that the last round took, or None.
     """
 
     folder: Path
@@ -85,6 +98,12 @@ class ServerPlan:
     progress: Callable[[Mapping[str, object]], None]
     owner_names: Sequence[str] = ()
     purpose: str = ""
+    doors: Doors | None = None
+    wait_s: float = 0.0
+    checkpoint_s: float = 0.0
+    reachable: int = 0
+    beside: Remembers | None = None
+    clock_s: Callable[[], float | None] = lambda: None
 
 
 def make_server_app(find_plan: Callable[[Context], ServerPlan]) -> ServerApp:
@@ -100,7 +119,8 @@ def make_server_app(find_plan: Callable[[Context], ServerPlan]) -> ServerApp:
 
 def _serve(grid: Grid, plan: ServerPlan) -> None:
     start = _begin(plan)
-    plan.strategy.restore(start.strategy)
+    reach("server.before_restore")
+    _restore(plan, dict(start.strategy))
     history = [dict(row) for row in start.history]
 
     def on_round(report: RoundReport, record: ArrayRecord) -> None:
@@ -112,15 +132,32 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
             "clients": None if plan.secret_cohorts else report.clients,
             "refusals": {} if plan.secret_cohorts else report.refusals,
             "owners_accuracy": _owners_accuracy(plan, report),
+            **_traffic(plan, report),
         }
         history.append(row)
+        _note_aside(plan, report)
+        if due(report.round):
+            keep(report, arrays)
+        if report.left_out:
+            plan.progress({"note": f"round {report.round} was interrupted too often: charged, and left out"})
+        plan.progress(row)
+
+    kept_at = time.monotonic()
+
+    def due(server_round: int) -> bool:
+        """A round that is not kept is done again after a death: none, or a second's work where that is allowed."""
+        return server_round == plan.rounds or time.monotonic() - kept_at >= plan.checkpoint_s
+
+    def keep(report: RoundReport, arrays: Arrays) -> None:
+        nonlocal kept_at
         reach("server.before_checkpoint")
         save_checkpoint(
             plan.folder / "checkpoint",
             Checkpoint(
                 round=report.round,
                 arrays=arrays,
-                strategy=plan.strategy.state(),
+                strategy=_state(plan),
+                run=plan.run,
                 recipe=plan.recipe,
                 ledger_head=plan.ledger.head() if plan.ledger else "",
                 history=history,
@@ -129,9 +166,7 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
         reach("server.after_checkpoint")
         if plan.ledger:
             plan.ledger.settled(report.round)
-        if report.left_out:
-            plan.progress({"note": f"round {report.round} was interrupted too often: charged, and left out"})
-        plan.progress(row)
+        kept_at = time.monotonic()
 
     final = run_rounds(
         plan.strategy,
@@ -143,11 +178,56 @@ def _serve(grid: Grid, plan: ServerPlan) -> None:
         config={"run": plan.run, **({"purpose": plan.purpose} if plan.purpose else {})},
         skip_lost=plan.resumed,
         on_round=on_round,
+        doors=plan.doors,
+        ready=lambda: wait_for(grid, plan.reachable, plan.wait_s, lambda text: plan.progress({"note": text})),
     )
+    reach("server.before_history")
     lines = "".join(json.dumps(row) + "\n" for row in history)
     write_durably(plan.folder / "rounds.jsonl", lines.encode())
     reach("server.before_weights")
     write_weights(plan.folder / "weights.safetensors", from_record(final))
+    reach("server.after_weights")
+
+
+def _state(plan: ServerPlan) -> State:
+    beside = {} if plan.beside is None else plan.beside.state()
+    return {**plan.strategy.state(), **{_BESIDE + name: array for name, array in beside.items()}}
+
+
+def _restore(plan: ServerPlan, state: State) -> None:
+    plan.strategy.restore({name: array for name, array in state.items() if not name.startswith(_BESIDE)})
+    if plan.beside is not None:
+        plan.beside.restore(part(state, _BESIDE))
+
+
+def _traffic(plan: ServerPlan, report: RoundReport) -> dict[str, object]:
+    """Bytes, simulated time, and who was set aside; at client level all of them would tell who took part."""
+    if plan.secret_cohorts:
+        return {"bytes_down": None, "bytes_up": None, "simulated_s": None, "set_aside": {}}
+    return {
+        "bytes_down": report.bytes_down,
+        "bytes_up": report.bytes_up,
+        "simulated_s": plan.clock_s(),
+        "set_aside": _named_aside(plan, report),
+    }
+
+
+def _named_aside(plan: ServerPlan, report: RoundReport) -> dict[str, str]:
+    roster = plan.doors.roster if plan.doors else None
+    known = {} if roster is None else roster.indices
+    names = {node: plan.owner_names[i] for node, i in known.items() if i < len(plan.owner_names)}
+    return {names.get(node, f"node {node}"): reason for node, reason in report.aside.items()}
+
+
+def _note_aside(plan: ServerPlan, report: RoundReport) -> None:
+    """At client level a file of the server's own keeps the reasons; no report, bundle or JSON reads it."""
+    if not plan.secret_cohorts or not report.aside:
+        return
+    private = plan.folder / "private"
+    private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    line = json.dumps({"round": report.round, "set_aside": _named_aside(plan, report)})
+    with (private / "admission.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _owners_accuracy(plan: ServerPlan, report: RoundReport) -> dict[str, object] | None:
@@ -162,7 +242,7 @@ def _begin(plan: ServerPlan) -> Checkpoint:
     """The newest checkpoint, or round 0.
 
     Raises:
-        ValueError: the checkpoint is another recipe's.
+        FileDamaged: no checkpoint is whole, or it is another recipe's or run's.
         PrivacyRefused: the ledger is older than the checkpoint.
     """
     for folder in (plan.folder, plan.folder / "checkpoint"):
@@ -172,13 +252,19 @@ def _begin(plan: ServerPlan) -> Checkpoint:
     for note in notes:
         plan.progress({"note": note})
     if found is None:
-        return Checkpoint(round=0, arrays=plan.initial, strategy={}, recipe=plan.recipe, ledger_head="", history=[])
-    if found.recipe != plan.recipe:
-        raise ValueError(f"expected a checkpoint of this recipe in {plan.folder}, got another's; use another folder")
-    if plan.ledger and found.ledger_head and not plan.ledger.seen(found.ledger_head):
+        none: dict[str, str] = {"run": plan.run, "recipe": plan.recipe, "ledger_head": ""}
+        return Checkpoint(round=0, arrays=plan.initial, strategy={}, history=[], **none)
+    if (found.recipe, found.run) != (plan.recipe, plan.run):
+        raise FileDamaged(
+            f"expected a checkpoint of this recipe and run in {plan.folder}, got another's; restore this run's, or use "
+            "another folder"
+        )
+    if plan.ledger and not plan.ledger.seen(found.ledger_head):
         raise PrivacyRefused(
             f"expected a ledger that goes at least as far as round {found.round}, got an older one; "
             "restore the newest ledger.jsonl: spent budget cannot be taken back"
         )
     plan.progress({"note": f"resumed after round {found.round}"})
+    if getattr(plan.strategy, "forgets", False):
+        plan.progress({"note": "the strategy has no state() and restore(): what it kept between rounds begins anew"})
     return found

@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tacit.devices import failpoint
 from tacit.edge import composition, flower_app
-from tacit.edge.recipe import load_recipe
+from tacit.edge.recipe import Recipe, load_recipe
 from tacit.federated import client_app, mechanism
 from tacit.federated.accounts import read_ledger
 from tacit.federated.averaging import from_record
@@ -37,7 +38,7 @@ from tacit.federated.extract import check_extract
 from tacit.federated.grid import InProcessGrid
 from tacit.federated.noise import SecretGenerator
 from tacit.federated.secure_noise import SecureGenerator
-from tacit.federated.task import Task
+from tacit.federated.task import Data, Task
 
 ROUNDS, OWNERS, CLIP = 4, 3, 0.5
 SETTINGS = (
@@ -60,7 +61,7 @@ OPTIONS = {
     "hardened": ("privacy.noise=hardened",),
     "adaptive": ("privacy.clip=adaptive",),
     "each": (),  # a ledger and a gate for each owner, as where owners are processes of their own
-    "home": (),  # private data, whose ledgers are in $TACIT_HOME
+    "home": ("federated.partition=natural",),  # private data, whose ledgers are in $TACIT_HOME
     "thrifty": (),  # half the noise that is charged: what the comparison is there to notice
 }
 COUNTS = 2  # numbers of an evaluation; no model has as few parameters
@@ -121,7 +122,7 @@ class Run:
     def train(self, folder: Path) -> None:
         os.environ["TACIT_HOME"] = str(folder / "home")
         if "home" in self.options:
-            composition.find_task = private_task
+            composition.task_of = private_task
         if "each" not in self.options:
             flower_app.train_in_process(self.recipe, folder, run="crash", report=lambda row: None)
             return
@@ -281,10 +282,18 @@ class Witness:
         self._file.write(json.dumps(fields).encode() + b"\n")
 
 
-def private_task(name: str) -> Task:
+def private_task(recipe: Recipe) -> Task:
     """The same data, but somebody's: their ledgers are at home, and outlive the run."""
-    task = find_task(name)
-    return replace(task, load=lambda: replace(task.load(), status="private"))
+    task, owners = find_task(recipe.task.name), recipe.federated.owners
+
+    def load() -> Data:
+        data = task.load()
+        pool = data.private
+        return replace(
+            data, private=None, status="private", of_owner=lambda i: pool.take(np.arange(i, len(pool), owners))
+        )
+
+    return replace(task, load=load)
 
 
 def save_noise() -> None:

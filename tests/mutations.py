@@ -52,6 +52,7 @@ class Mutation:
 
 
 _MECHANISM, _CLIPPING, _TRAIN = "federated/mechanism.py", "federated/clipping.py", "federated/train.py"
+_GRADIENTS = "federated/batch_gradients.py"
 _SUMS, _PARTS = "federated/per_record.py", "federated/per_record_parts.py"
 _GRID, _NOISE, _COHORTS = "federated/secure_noise.py", "federated/noise.py", "federated/cohorts.py"
 _CLIENT, _OWNER, _FEDERATION = "federated/client_app.py", "federated/owner.py", "federated/federation.py"
@@ -121,7 +122,7 @@ _NO_NOISE = [
     Mutation(
         "no noise",
         "record, sums of the fast step",
-        _TRAIN,
+        _GRADIENTS,
         _FAST_STEP,
         "        return adder.split(total / mechanism.normaliser)\n",
         _T_TRAIN,
@@ -129,7 +130,7 @@ _NO_NOISE = [
     Mutation(
         "no noise",
         "record, beyond a block of the fast step",
-        _TRAIN,
+        _GRADIENTS,
         _FAST_STEP,
         "        first, *others = total.split(_NOISE_BLOCK)\n"
         "        rest = [other / mechanism.normaliser for other in others]\n"
@@ -139,7 +140,7 @@ _NO_NOISE = [
     Mutation(
         "no noise",
         "record, gradients from hooks",
-        _TRAIN,
+        _GRADIENTS,
         _SLOW_STEP,
         f"            return {_TWIN}.noisy_mean(self._gradients(batch), shapes, randomness)\n",
         _T_TRAIN,
@@ -228,6 +229,14 @@ _HALF_NOISE = [
         _NOISE,
         "return self._generator.standard_normal(count) * standard_deviation",
         "return self._generator.standard_normal(count) * (0.5 * standard_deviation)",
+        _T_NOISE,
+    ),
+    Mutation(
+        "half noise",
+        "the generator, drawn ahead",
+        _NOISE,
+        "        drawn *= standard_deviation\n",
+        "        drawn *= 0.5 * standard_deviation\n",
         _T_NOISE,
     ),
     Mutation(
@@ -643,6 +652,14 @@ _FORK = [
         _T_NOISE,
     ),
     Mutation(
+        "reused seed",
+        "noise that was drawn ahead is given twice",
+        _NOISE,
+        "        self._ready = None\n        if again:  # who asked",
+        "        if again and self._ready is None:  # who asked",
+        _T_NOISE,
+    ),
+    Mutation(
         "fork before keying",
         "grid, the fence in Python",
         _GRID,
@@ -947,7 +964,7 @@ _TRUNCATED = [
     Mutation(
         "a truncated batch",
         "record, gradients from hooks",
-        _TRAIN,
+        _GRADIENTS,
         "        for start in range(0, len(batch), self._chunk):\n",
         "        for start in range(0, min(len(batch), self._chunk), self._chunk):\n",
         _T_TRAIN,
@@ -999,7 +1016,7 @@ _HEAD = [
     Mutation(
         "an un-noised head",
         "record, sums of the fast step",
-        _TRAIN,
+        _GRADIENTS,
         _FAST_STEP,
         _FAST_STEP.replace("return ", "noised = ")
         + "        return [*noised[:-1], adder.split(total)[-1] / mechanism.normaliser]\n",
@@ -1008,7 +1025,7 @@ _HEAD = [
     Mutation(
         "an un-noised head",
         "record, gradients from hooks",
-        _TRAIN,
+        _GRADIENTS,
         _SLOW_STEP,
         "            chunks = list(self._gradients(batch))\n"
         f"            clean = {_TWIN}.noisy_mean(chunks, shapes, randomness)\n"
@@ -1049,10 +1066,10 @@ _HEAD = [
         "an un-noised head",
         "record, trained beside the step",
         _TRAIN,
-        "        with torch.no_grad():\n            for parameter, step in zip(",
+        "        self._steps.take(steps)\n",
         "        if private and len(batch):\n"
-        "            steps = [*steps[:-1], self._plain_gradients(batch)[-1]]\n"
-        "        with torch.no_grad():\n            for parameter, step in zip(",
+        "            steps = [*steps[:-1], gradients.plain(batch)[-1]]\n"
+        "        self._steps.take(steps)\n",
         _T_TRAIN,
     ),
 ]
@@ -1131,8 +1148,8 @@ _TEXT = [
         "exception text leaving",
         "client, where everybody reads",
         "edge/composition.py",
-        '    return private if mechanism.unit == "client" else folder / "owners" / name / "errors.log"\n',
-        '    return folder / "owners" / name / "errors.log"\n',
+        '    return private if mechanism.unit == "client" else folder / f"owners/{name}/errors.log"\n',
+        '    return folder / f"owners/{name}/errors.log"\n',
         ("test_server_app.py::test_a_failing_owners_text_is_where_only_its_keeper_reads_it",),
     ),
 ]
@@ -1157,7 +1174,7 @@ _BESIDES = [
     Mutation(
         BESIDES,
         "the divisor is the batch's own size",
-        _TRAIN,
+        _GRADIENTS,
         _FAST_STEP,
         _FAST_STEP.replace("adder.split(", "adder.split(mechanism.normaliser / max(1, len(batch)) * "),
         _T_TRAIN,
@@ -1209,9 +1226,75 @@ _BESIDES = [
         BESIDES,
         "an owner tells how many records it holds",
         _CLIENT,
-        'MetricRecord({"num-examples": 1, "owner": owner.index}))\n',
-        'MetricRecord({"num-examples": len(owner.records()), "owner": owner.index}))\n',
+        '        "num-examples": 1,\n',
+        '        "num-examples": len(owner.records()),\n',
         _T_CLIENT,
+    ),
+    Mutation(
+        BESIDES,
+        "a server that asks for a loss on records gets it",
+        _CLIENT,
+        "        return None if owner.mechanism.private and wants_loss(message) else owner.mechanism\n",
+        "        return owner.mechanism\n",
+        _T_CLIENT,
+    ),
+    Mutation(
+        "send before fsync",
+        "owners whose steps were taken at once",
+        "federated/together.py",
+        "                self._grants.release(request, save(cohort.unfold(row)))\n",
+        "                pass\n",
+        ("test_cohort_steps.py::test_what_a_cohort_releases_is_charged_before_and_on_disk_for_each_owner",),
+    ),
+    Mutation(
+        "no noise",
+        "owners whose steps are taken at once",
+        "federated/cohort.py",
+        "return _noised(total, walks) if walks[0].mechanism.per_record else total",
+        "return total / walks[0].mechanism.normaliser if walks[0].mechanism.per_record else total",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "reused seed",
+        "one row of noise for all owners whose steps are taken at once",
+        "federated/cohort.py",
+        "        flat = first.mechanism.noised([total.flatten()], first.randomness)[0]\n"
+        "        return flat.view_as(total)\n",
+        "        noise = first.mechanism.noised([torch.zeros_like(total[0])], first.randomness)[0]\n"
+        "        return total / first.mechanism.normaliser + noise\n",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "a NaN record",
+        "owners whose steps are taken at once",
+        "federated/stacked_model.py",
+        "        if not bool((usable | ~present).all()):\n",
+        "        if False:\n",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        BESIDES,
+        "parameters that stay are sent as well",
+        "federated/personal.py",
+        "            return {name: after[name] for name in before}, {}\n",
+        "            return dict(after), {}\n",
+        ("test_personal.py",),
+    ),
+    Mutation(
+        BESIDES,
+        "unit local: what stays takes up the noise of what is sent",
+        _TRAIN,
+        "self._mechanism.release_locally(_change(arrays, after), randomness)",
+        "self._mechanism.release_locally(_change({**arrays, **(own or {})}, after), randomness)",
+        ("test_personal.py",),
+    ),
+    Mutation(
+        BESIDES,
+        "Ditto's own model is where the shared one goes on",
+        "federated/personal.py",
+        '            kept |= {f"personal.{name}": array for name, array in moved.items()}\n',
+        '            kept |= {f"personal.{name}": array for name, array in moved.items()}\n            after = moved\n',
+        ("test_personal.py",),
     ),
 ]
 

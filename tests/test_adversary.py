@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tacit.edge import composition, flower_app
 from tacit.edge.composition import build_model
 from tacit.edge.recipe import load_recipe
-from tacit.federated.averaging import ServerOptimizer, from_record, to_record
+from tacit.federated.averaging import from_record, to_record
 from tacit.federated.cohorts import PoissonCohorts
 from tacit.federated.datasets import find_task
 from tacit.federated.grid import InProcessGrid
@@ -26,6 +26,7 @@ from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import SeededGenerator
 from tacit.federated.outbox import Outbox
 from tacit.federated.rounds import run_rounds
+from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.task import Data, DataProblem, Records
 from tacit.federated.train import LocalTrainer, write_arrays
 
@@ -244,7 +245,7 @@ def test_private_data_that_change_between_two_rounds_are_not_trained_on(tmp_path
         return replace(data, private=None, of_owner=of_owner, status="private")
 
     monkeypatch.setenv("TACIT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(composition, "find_task", lambda _: replace(TASK, load=load))
+    monkeypatch.setattr(composition, "task_of", lambda _: replace(TASK, load=load))
     settings = ["federated.owners=3", "federated.partition=natural", "federated.rounds=2", "federated.quorum=1"]
     recipe = load_recipe("digits", [*settings, "privacy.noise_multiplier=2.0", "report.twin=false"])
     with suppress(DataProblem):  # that ends the run, or leaves the owner out

@@ -1,6 +1,4 @@
-"""The server's step against a few lines of plain arithmetic."""
-
-import math
+"""Averaging, and the strategy that asks owners and combines what they answer."""
 
 import numpy as np
 import pytest
@@ -11,15 +9,14 @@ from hypothesis import strategies as st
 
 from tacit.federated.averaging import (
     FederatedAveraging,
-    ServerOptimizer,
     from_record,
     mean,
-    momentum_step,
     to_record,
 )
 from tacit.federated.evaluation import Evaluations, evaluation_mechanism
 from tacit.federated.grid import InProcessGrid
 from tacit.federated.mechanism import Mechanism
+from tacit.federated.server_optimizer import ServerOptimizer
 
 
 def arrays(seed):
@@ -47,34 +44,6 @@ def test_mean_leaves_its_inputs_alone_and_gives_the_same_bytes_for_the_same_orde
     first = mean(updates)
     assert all(first[name].tobytes() == mean(updates)[name].tobytes() for name in first)
     close(updates[0], arrays(0), 0.0)
-
-
-def test_rate_one_without_momentum_is_plain_averaging():
-    moved, _ = momentum_step(arrays(0), arrays(1), None, learning_rate=1.0, momentum=0.0)
-    close(moved, arrays(1))
-
-
-def test_momentum_is_that_of_a_plain_loop():
-    weights = ours = arrays(0)
-    velocity, naive_velocity = None, dict.fromkeys(weights, 0.0)
-    for step in range(1, 6):
-        target = arrays(step)
-        ours, velocity = momentum_step(ours, target, velocity, learning_rate=0.5, momentum=0.9)
-        naive_velocity = {n: 0.9 * naive_velocity[n] + (weights[n].astype(float) - target[n]) for n in weights}
-        weights = {n: weights[n] - 0.5 * naive_velocity[n] for n in weights}
-    close(ours, weights, 1e-5)
-    close(velocity, naive_velocity, 1e-5)
-
-
-def test_the_cosine_falls_from_the_rate_to_nearly_zero_and_a_constant_stays():
-    cosine = ServerOptimizer(learning_rate=2.0, schedule="cosine")
-    rates = [cosine.rate(server_round, 10) for server_round in range(1, 11)]
-    assert rates[0] == 2.0
-    assert rates[5] == pytest.approx(1.0)
-    assert rates == sorted(rates, reverse=True)
-    assert 0.0 < rates[-1] < 0.1
-    assert rates[3] == pytest.approx(1.0 + math.cos(0.3 * math.pi))
-    assert {ServerOptimizer(learning_rate=0.7).rate(n, 10) for n in range(1, 11)} == {0.7}
 
 
 def test_records_of_every_dimension_travel_bit_for_bit():
@@ -113,7 +82,7 @@ def test_the_order_in_which_replies_arrive_changes_no_bit(grid):
     results = []
     updates = [{"w": np.full(2, value, np.float32)} for value in (1e17, -1e17, 1.0)]
     for order in ([0, 1, 2], [2, 0, 1], [0, 2, 1]):
-        strategy = FederatedAveraging(rounds=4, optimizer=ServerOptimizer(learning_rate=0.5, momentum=0.9))
+        strategy = FederatedAveraging(rounds=4, optimizer=ServerOptimizer(name="momentum", learning_rate=0.5))
         messages = list(strategy.configure_train(1, to_record({"w": np.zeros(2, np.float32)}), ConfigRecord({}), grid))
         replies = replies_of(messages, [updates[n] for n in order], order)
         record, metrics = strategy.aggregate_train(1, replies)

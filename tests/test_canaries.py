@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tacit.federated import canary_run
-from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
+from tacit.federated.averaging import FederatedAveraging
 from tacit.federated.canaries import audit_canaries, guess
 from tacit.federated.canary_model import CanaryModel, along, canary_records, canary_task, head_directions
 from tacit.federated.canary_run import CanaryRun, affordable_rounds
@@ -20,6 +20,7 @@ from tacit.federated.outbox import Outbox
 from tacit.federated.owner import Owner
 from tacit.federated.secure_noise import SecureGenerator
 from tacit.federated.server_app import ServerPlan
+from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer, write_arrays
 

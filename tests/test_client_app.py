@@ -15,7 +15,7 @@ from torch import nn
 
 from tacit.federated import client_app
 from tacit.federated.accounts import read_ledger
-from tacit.federated.averaging import from_record, to_record
+from tacit.federated.averaging import LOSS, from_record, to_record
 from tacit.federated.client_app import (
     REFUSAL,
     CohortGate,
@@ -167,14 +167,23 @@ def test_the_charge_is_on_disk_when_records_are_read_and_the_release_before_a_re
         assert (account.reserved, account.released) == (1, 1)
 
 
-def test_a_reply_carries_the_models_arrays_and_two_constants_and_nothing_else(training):
+def test_a_reply_carries_the_models_arrays_and_public_numbers_and_nothing_else(training):
     training.read[0] = lambda: some_records(7)
     training.read[1] = lambda: some_records(300)
     for index, reply in enumerate(training.ask()):
         assert set(reply.content) == {"arrays", "metrics"}
-        assert dict(reply.content.metric_records["metrics"]) == {"num-examples": 1, "owner": index}
+        metrics = dict(reply.content.metric_records["metrics"])
+        assert metrics == {"num-examples": 1, "owner": index, "server-round": 1}
         arrays = from_record(reply.content.array_records["arrays"])
         assert {name: array.shape for name, array in arrays.items()} == {n: a.shape for n, a in START.items()}
+
+
+def test_a_question_that_asks_for_a_loss_is_refused_under_a_guarantee_and_nothing_is_read(training):
+    messages = [training.message(node, 1, START) for node in (2, 3)]
+    for message in messages:
+        message.content.config_records["config"][LOSS] = True
+    assert [reason(reply) for reply in training.grid.send_and_receive(messages)] == ["refused", "refused"]
+    assert training.events == []
 
 
 def test_an_exceptions_text_stays_on_the_owners_disk_and_the_key_is_never_tried_again(federation):
@@ -409,6 +418,7 @@ CHANNELS = {
     "content/arrays/1.bias": True,
     "content/metrics/num-examples": False,
     "content/metrics/owner": False,
+    "content/metrics/server-round": False,
     "content/metrics/unclipped": True,
     "content/metrics/right": True,
     "content/metrics/wrong": True,
@@ -502,9 +512,8 @@ def test_an_unknown_field_is_caught(tmp_path, monkeypatch):
     """The mutation of the test above: a client that tells how many records it holds."""
     original = client_app._reply
 
-    def telling(message, arrays, metrics):
-        metrics["records"] = 7
-        return original(message, arrays, metrics)
+    def telling(message, owner, sent, extra):
+        return original(message, owner, sent, {**extra, "records": 7})
 
     monkeypatch.setattr(client_app, "_reply", telling)
     with pytest.raises(AssertionError):

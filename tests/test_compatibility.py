@@ -23,6 +23,9 @@ SPECIFIED = [
     ("admission", "yes", "per reply only"),
     ("adaptive clip", "no", "z < 2 sigma_b"),
     ("client metrics", "noised and charged", "inside the clipped vector"),
+    # Beyond the specification's table: post-processing at record level, and no part of the client-level mechanism.
+    ("own strategy", "noised replies only", "no"),
+    ("owners of a round", "public randomness", "no"),
 ]
 CELLS = [
     (feature, unit, words)

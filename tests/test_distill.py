@@ -104,6 +104,30 @@ def test_a_linear_student_learns_a_linear_teachers_answers():
     assert after < before / 5
 
 
+def test_a_student_learns_a_regressions_values_not_a_softmax_over_them():
+    """Of one output every softmax is 1: by classes nothing would be learned."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student, other = (nn.Sequential(nn.Flatten(), nn.Linear(9, 1)) for _ in range(2))
+    public = torch.randn(64, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    wanted = other(public).detach()
+
+    def off(model: nn.Module) -> float:
+        return float(((model(public) - wanted) ** 2).mean().detach() / wanted.var())
+
+    assert off(distill(student, other, public, seed=0, answers="values")) < 0.01
+    assert off(distill(student, other, public, seed=0)) > 0.5
+
+
+def test_a_reconstruction_of_any_shape_can_be_imitated():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student, other = (nn.Conv1d(3, 3, 3, padding=1) for _ in range(2))
+    public = torch.randn(40, 3, 16, generator=torch.Generator().manual_seed(0))
+    recovered = distill(student, other, public, seed=0, answers="values")
+    assert float((recovered(public) - other(public)).detach().abs().max()) < 0.1
+
+
 def test_jitter_makes_enough_finite_views_and_repeats_with_its_generator():
     public = torch.rand(90, 1, 8, 8)
     views = jitter(public, torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "edge": {"edge", "federated", "compression", "devices"},
 }
 SOLE_USERS = {
-    "opacus": {"federated/train.py", "federated/accounting.py"},
+    "opacus": {"federated/batch_gradients.py", "federated/accounting.py"},
     "torch.onnx": {"compression/export_onnx.py"},
     "litert_torch": {"compression/export_tflite.py"},
 }

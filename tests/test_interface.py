@@ -15,6 +15,10 @@ DIGITS = Interface(shape=(1, 8, 8), scale=1 / 16, mean=(0.3,), std=(0.4,), label
 COLOUR = Interface(
     shape=(3, 4, 4), scale=1 / 255, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), labels=("cat", "dog", "other")
 )
+RENT = Interface(
+    shape=(2,), labels=("euros", "rooms"), output="values", target_mean=(500.0, 3.0), target_std=(100.0, 2.0)
+)
+PUMP = Interface(shape=(2, 3), labels=("normal", "anomalous"), output="reconstruction", threshold=0.5)
 FINITE = st.floats(-1e6, 1e6)
 
 
@@ -148,3 +152,82 @@ def test_json_without_a_key_is_refused_and_names_it():
     del data["scale"]
     with pytest.raises(ValueError, match=r"differing in \['scale'\]"):
         Interface.from_json(data)
+
+
+@given(hnp.arrays(np.float64, (3, 2), elements=FINITE))
+def test_values_come_back_from_what_a_model_is_trained_towards(values):
+    targets = RENT.targets(values)
+    assert targets.dtype == np.float32
+    np.testing.assert_allclose(targets, (values - [500, 3]) / [100, 2], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(RENT.values(targets), values, rtol=1e-6, atol=1e-3)
+
+
+def test_one_mean_and_deviation_hold_for_all_values():
+    interface = Interface(shape=(2,), labels=("a", "b"), output="values", target_mean=(1.0,), target_std=(2.0,))
+    assert interface.values(np.array([[0.0, 1.0]])).tolist() == [[1.0, 3.0]]
+
+
+@given(hnp.arrays(np.float32, (2, 2, 3), elements=st.floats(-100, 100, width=32)))
+def test_an_anomaly_score_is_the_mean_squared_error_of_one_example(inputs):
+    outputs = inputs[::-1]
+    wanted = [
+        sum((float(a) - float(b)) ** 2 for a, b in zip(x.flat, y.flat, strict=True)) / 6
+        for x, y in zip(inputs, outputs, strict=True)
+    ]
+    assert PUMP.anomaly_scores(inputs, outputs).tolist() == pytest.approx(wanted)
+
+
+def test_what_a_model_does_not_return_is_refused_with_what_to_call_instead():
+    with pytest.raises(ValueError, match=r"output='values'; use values\(\)"):
+        RENT.postprocess(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"output='logits'; use postprocess\(\)"):
+        DIGITS.values(np.zeros((1, 10)))
+    with pytest.raises(ValueError, match="output='logits'; use postprocess"):
+        DIGITS.anomaly_scores(np.zeros((1, 1, 8, 8)), np.zeros((1, 1, 8, 8)))
+    with pytest.raises(ValueError, match="output='reconstruction'"):
+        PUMP.targets(np.zeros((1, 2)))
+
+
+def test_damaged_values_and_reconstructions_are_refused():
+    with pytest.raises(ValueError, match=r"expected values of shape \(batch, 2\)"):
+        RENT.values(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="expected finite values"):
+        RENT.values(np.array([[0.0, math.inf]]))
+    with pytest.raises(ValueError, match=r"expected outputs of shape \(batch, 2, 3\)"):
+        PUMP.anomaly_scores(np.zeros((1, 2, 3)), np.zeros((1, 6)))
+    with pytest.raises(ValueError, match="as many outputs as inputs"):
+        PUMP.anomaly_scores(np.zeros((1, 2, 3)), np.zeros((2, 2, 3)))
+    with pytest.raises(ValueError, match="expected finite outputs"):
+        PUMP.anomaly_scores(np.zeros((1, 2, 3)), np.full((1, 2, 3), math.nan))
+
+
+@pytest.mark.parametrize("interface", [RENT, PUMP])
+def test_what_is_no_classifier_survives_json(interface):
+    assert Interface.from_json(json.loads(json.dumps(interface.to_json()))) == interface
+
+
+def test_json_from_before_there_were_values_and_reconstructions_is_read():
+    written = '{"shape": [2], "scale": 1.0, "mean": [0.0], "std": [1.0], "labels": ["a", "b"], "output": "logits"}'
+    assert Interface.from_json(json.loads(written)) == Interface(shape=(2,), labels=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("interface", "change"),
+    [
+        (RENT, {"target_std": [0.0]}),
+        (RENT, {"target_std": [1.0, 1.0, 1.0]}),
+        (RENT, {"target_mean": [math.nan]}),
+        (RENT, {"target_mean": 3.0}),
+        (RENT, {"threshold": 1.0}),
+        (RENT, {"output": "logits"}),
+        (PUMP, {"threshold": -1.0}),
+        (PUMP, {"threshold": math.inf}),
+        (PUMP, {"threshold": True}),
+        (PUMP, {"labels": ["normal"]}),
+        (PUMP, {"target_mean": [1.0]}),
+        (DIGITS, {"threshold": 1.0}),
+    ],
+)
+def test_what_belongs_to_another_kind_of_output_is_refused(interface, change):
+    with pytest.raises(ValueError, match="expected"):
+        Interface.from_json(interface.to_json() | change)

@@ -14,8 +14,8 @@ from tacit.federated import mechanism as module
 from tacit.federated.accounting import reported_epsilon
 from tacit.federated.clipping import clipped_sum
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
+from tacit.federated.mixing import refuse_mixing_layers
 from tacit.federated.noise import SecretGenerator, SeededGenerator
-from tacit.federated.train import refuse_mixing_layers
 
 SIX_SIGMA = 6.5  # p = 8e-11, two-sided
 SHAPES = st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 2)]), min_size=1, max_size=3)

@@ -43,6 +43,37 @@ def test_a_fork_does_not_repeat_its_parents_noise_nor_its_siblings():
     assert len(set(values)) == len(values) == 32
 
 
+def test_noise_that_is_drawn_ahead_is_never_given_twice_and_has_its_distribution():
+    generator, much = SecretGenerator(), 2**16
+    drawn = [generator.gaussian(much, 2.5) for _ in range(5)]
+    drawn += [generator.gaussian(count, 2.5) for count in (much + 1, much, much, 7, much)]
+    values = np.concatenate(drawn)
+    assert len(np.unique(values)) == len(values)
+    assert [len(part) for part in drawn[5:]] == [much + 1, much, much, 7, much]
+    for part in (*drawn[:5], drawn[-1]):
+        assert stats.kstest(part / 2.5, "norm").pvalue > 1e-9
+    assert stats.kstest(values / 2.4, "norm").pvalue < 1e-9
+
+
+# JAX, which another test of the session may have loaded, warns at a fork; the child only draws numbers.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+def test_a_fork_does_not_take_along_what_its_parent_has_drawn_ahead():
+    generator, much = SecretGenerator(), 2**16
+    for _ in range(3):
+        generator.gaussian(much, 1.0)
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, generator.gaussian(much, 1.0)[:8].tobytes())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        theirs = np.frombuffer(pipe.read(), np.float64)
+    os.wait()
+    ours = generator.gaussian(much, 1.0)
+    assert len(theirs) == 8
+    assert not np.isin(theirs, ours).any()
+
+
 # JAX, which another test of the session may have loaded, warns at a fork; the child only draws numbers.
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_the_control_a_seeded_generator_does_repeat_over_a_fork():

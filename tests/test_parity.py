@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from tacit.compression.parity import MINIMUM_AGREEMENT, check_parity, compare
+from tacit.compression.parity import MINIMUM_AGREEMENT, MOST_DIFFERENCE, check_parity, compare
 
 LOGITS = np.array([[3.0, 1.0], [0.0, 2.0], [1.0, 0.5], [4.0, 5.0]], dtype=np.float32)
 
@@ -88,6 +88,70 @@ class _Rounded:
     def predict(self, inputs):
         with torch.no_grad():
             return (torch.round(self.model(torch.from_numpy(inputs)) / self.step) * self.step).numpy()
+
+
+# Values: there is no class to agree on.
+
+VALUES = np.array([[10.0], [11.0], [12.0], [13.0]], dtype=np.float32)
+
+
+def test_equal_values_are_in_perfect_parity_whatever_their_shape():
+    for reference in (VALUES, np.arange(24, dtype=np.float32).reshape(4, 2, 3)):
+        parity = compare(reference, reference.copy(), answers="values")
+        assert (parity.top1_agreement, parity.max_abs) == (None, 0.0)
+        assert parity.cosine == pytest.approx(1.0)
+        assert all(parity.passes(label) for label in MINIMUM_AGREEMENT)
+
+
+def test_a_difference_of_values_counts_against_the_spread_of_the_model_not_against_their_size():
+    """Around a thousand, an offset of three leaves the plain cosine at 1; it must not pass."""
+    shifted = compare(VALUES + 1000, VALUES + np.float32(1003), answers="values")
+    assert shifted.spread == pytest.approx(np.std(VALUES))
+    assert shifted.cosine < 0.4
+    assert not any(shifted.passes(label) for label in MINIMUM_AGREEMENT)
+
+
+def test_the_spread_and_the_cosine_of_values_are_those_of_all_deviations_together():
+    reference, artifact = np.random.default_rng(3).normal(size=(2, 7, 2)).astype(np.float32)
+    parity = compare(reference, artifact, answers="values")
+    flat, other = [], []
+    for column in range(2):
+        middle = sum(map(float, reference[:, column])) / 7
+        flat += [float(value) - middle for value in reference[:, column]]
+        other += [float(value) - middle for value in artifact[:, column]]
+    dot = sum(a * b for a, b in zip(flat, other, strict=True))
+    assert parity.spread == pytest.approx(math.sqrt(sum(a * a for a in flat) / 14))
+    assert parity.cosine == pytest.approx(dot / math.hypot(*flat) / math.hypot(*other))
+    assert parity.max_abs == pytest.approx(np.abs(reference - artifact).max())
+
+
+@pytest.mark.parametrize("label", list(MOST_DIFFERENCE))
+def test_values_that_are_off_by_more_than_their_labels_share_of_the_spread_fail(label):
+    reference = np.tile(VALUES, (500, 1))
+    for factor, passes in ((1.1, False), (0.9, True)):
+        artifact = reference.copy()
+        artifact[7] += np.float32(factor * MOST_DIFFERENCE[label] * reference.std())
+        assert compare(reference, artifact, answers="values").passes(label) is passes
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_fails(value):
+    artifact = VALUES.copy()
+    artifact[2] = value
+    parity = compare(VALUES, artifact, answers="values")
+    assert (parity.max_abs, parity.cosine) == (math.inf, -1.0)
+    assert not any(parity.passes(label) for label in MINIMUM_AGREEMENT)
+
+
+def test_a_model_that_answers_everybody_alike_passes_only_when_met_exactly():
+    alike = np.full((4, 1), 2.0, np.float32)
+    assert compare(alike, alike.copy(), answers="values").passes("float32")
+    assert not compare(alike, alike + np.float32(1e-6), answers="values").passes("static int8 (float I/O)")
+
+
+def test_logits_of_more_than_two_axes_are_refused():
+    with pytest.raises(ValueError, match="classes"):
+        compare(LOGITS[None], LOGITS[None])
 
 
 def test_check_parity_runs_both_and_leaves_the_mode():

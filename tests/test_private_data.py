@@ -16,7 +16,7 @@ from tacit.compression import material
 from tacit.federated import federation as federation_module
 from tacit.federated import mechanism as mechanism_module
 from tacit.federated import noisy_sum as noisy_sum_module
-from tacit.federated.averaging import FederatedAveraging, ServerOptimizer
+from tacit.federated.averaging import FederatedAveraging
 from tacit.federated.client_app import CohortGate, Owner
 from tacit.federated.clipping import update_norm
 from tacit.federated.cohorts import PoissonCohorts
@@ -29,6 +29,7 @@ from tacit.federated.noisy_sum import sum_mechanism
 from tacit.federated.outbox import Outbox
 from tacit.federated.private_data import PrivateData, with_loss
 from tacit.federated.rounds import FederationFailed
+from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer, write_arrays
 

@@ -17,18 +17,26 @@ from tacit.federated.fingerprint import DataChanged
 from tacit.federated.grid import InProcessGrid, quiet_flower
 from tacit.federated.home import declare_new_cohort
 from tacit.federated.mechanism import PrivacyRefused
-from tacit.federated.task import Records
+from tacit.federated.task import DataProblem, Records
 from tacit.federated.train import write_arrays
 
 CLINIC = """
 from dataclasses import replace
+import numpy as np
 from tacit.federated.datasets import find_task
 def scans():
     task = find_task("digits")
-    return replace(task, name="scans", load=lambda: replace(task.load(), status="private"))
+    def load():
+        data = task.load()
+        of_owner = lambda i: data.private.take(np.arange(i, 1347, 3))
+        return replace(data, private=None, status="private", of_owner=of_owner)
+    return replace(task, name="scans", load=load)
+def pool():
+    task = find_task("digits")
+    return replace(task, name="pool", load=lambda: replace(task.load(), status="private"))
 """
 SMALL = [
-    "federated.owners=3", "federated.partition=iid", "federated.rounds=2", "model.channels=[4]",
+    "federated.owners=3", "federated.rounds=2", "model.channels=[4]",
     "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "compression.variants=[]", "devices.names=[]",
 ]  # fmt: skip
 
@@ -42,7 +50,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _recipe(*settings: str, task: str = "clinic:scans") -> Recipe:
-    return load_recipe("digits", [f"task.name={task}", *SMALL, *settings])
+    partition = "natural" if ":" in task else "iid"
+    return load_recipe("digits", [f"task.name={task}", f"federated.partition={partition}", *SMALL, *settings])
 
 
 def test_runs_over_private_data_add_up_and_the_second_is_refused_before_a_record_is_charged(home, tmp_path: Path):
@@ -66,6 +75,13 @@ def test_a_larger_budget_pays_for_a_second_run_whose_card_states_both(home, tmp_
     assert accounts[0].reserved == 4
     assert second["epsilon"] > first["epsilon"]
     assert second["participations_charged"] == first["participations_charged"] == 2
+
+
+def test_private_records_in_one_pool_are_not_dealt_out_under_a_guarantee(home, tmp_path: Path):
+    recipe = _recipe("federated.partition=iid", task="clinic:pool")
+    with pytest.raises(DataProblem, match=r"task\.owner_column"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
 
 
 def test_a_budget_below_the_plan_is_refused():
@@ -97,12 +113,17 @@ def _edit(monkeypatch: pytest.MonkeyPatch) -> None:
     """One value of every record becomes another."""
     task = find_task("clinic:scans")
     data = task.load()
-    private = data.private
-    assert private is not None
-    inputs = private.inputs.copy()
-    inputs[:, 0, 0, 0] += 1.0
-    edited = replace(data, private=Records(inputs, private.labels))
-    monkeypatch.setattr(composition, "find_task", lambda _: replace(task, load=lambda: edited))
+    of_owner = data.of_owner
+    assert of_owner is not None
+
+    def edited_records(index: int) -> Records:
+        records = of_owner(index)
+        inputs = records.inputs.copy()
+        inputs[:, 0, 0, 0] += 1.0
+        return Records(inputs, records.labels)
+
+    edited = replace(data, of_owner=edited_records)
+    monkeypatch.setattr(composition, "task_of", lambda _: replace(task, load=lambda: edited))
 
 
 # A deployed owner.

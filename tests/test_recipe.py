@@ -41,8 +41,11 @@ def test_every_key_of_the_schema_is_in_the_template_or_has_no_default():
     template = (BUILT_IN / "digits.toml").read_text(encoding="utf-8")
     for table, content in Recipe().model_dump().items():
         assert f"[{table}]" in template or table == "compression"
-        missing = [key for key, value in content.items() if value is not None and f"{key} = " not in template]
-        assert [key for key in missing if key != "variants"] == []
+        nested = {name: value for name, value in content.items() if isinstance(value, dict)}
+        assert all(f"[{table}.{name}]" in template for name in nested)
+        keys = [*content.items(), *(item for value in nested.values() for item in value.items())]
+        missing = [key for key, value in keys if value is not None and f"{key} = " not in template]
+        assert [key for key in missing if key not in ("variants", *nested)] == []
 
 
 def test_a_key_that_the_template_comments_out_has_the_value_that_it_shows():

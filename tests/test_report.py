@@ -789,6 +789,141 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(wording).failed == 0
 
 
+# Other metrics, and what happened in the rounds.
+
+
+def _of_metric(metric: str) -> dict[str, Any]:
+    """A run without classes: a number for its metric, and no answers that agree."""
+    summary = _demo() | {"metric": metric, "task": "rent", "title": "Rent", "accuracy": 0.8314}
+    summary |= {"accuracy_without_privacy": 0.853}
+    for entry in summary["training"]["rounds"]:
+        entry["accuracy"] = entry["accuracy"] and entry["accuracy"] - 0.1086
+    for variant in summary["variants"]:
+        parity = {"top1_agreement": None, "max_abs": 0.03, "cosine": 0.9991, "spread": 2.0, "input_source": "test"}
+        variant |= {"accuracy": 0.8195, "parity": parity}
+    return summary
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "reached"),
+    [
+        ("R2", "R²", "an R² of 0.831"),
+        ("AUROC", "AUROC", "an AUROC of 0.831"),
+        ("hit rate", "hit rate", "0.831 by hit rate"),
+    ],
+)
+def test_a_metric_stands_under_its_own_name_as_a_number(metric: str, name: str, reached: str, tmp_path: Path) -> None:
+    page = _page(_of_metric(metric), tmp_path)
+    text = page.text.replace("\u00a0", " ")
+    for said in (
+        f"was trained for the task “Rent” and reaches {reached}.",
+        f"{name} without noise 0.853",
+        "one run each, 0.022 apart, higher without noise",
+        f"tflite-small · full-integer int8 · {name} 0.82",
+        "\N{MINUS SIGN}0.012 to the float model",
+        "cosine 0.9991 max. difference 0.03 1.5 % of the outputs' spread",
+        f"{name} over rounds",
+        "private 0.831",
+        "onnx-small 0.82",
+    ):
+        assert said in text
+    assert not re.search("accuracy|same answer|95 % interval", text, re.IGNORECASE)
+    assert [a["data-label"] for tag, a in page.elements if tag == "td"].count(name) == 6
+
+
+def test_the_axis_of_an_r_squared_is_cut_where_the_first_rounds_lie_far_below_and_this_is_said(tmp_path: Path) -> None:
+    summary = _of_metric("R2")
+    summary["training"]["rounds"][1]["accuracy"] = -500.0
+    assert "The axis begins at \N{MINUS SIGN}1: the first rounds were below." in _page(summary, tmp_path).text
+    assert charts.begins_at(summary | {"metric": "AUROC"}) is None
+    summary["training"]["rounds"][-1]["accuracy"] = -3.0  # where it ends must be seen
+    assert charts.begins_at(summary) is None
+
+
+def test_without_a_test_split_no_metric_is_shown_and_the_made_up_inputs_are_named(tmp_path: Path) -> None:
+    summary = _of_metric("R2") | {"accuracy": None, "accuracy_without_privacy": None, "test_examples": 0}
+    summary["training"] |= {"twin": [], "rounds": [{"round": 1, "accuracy": None, "epsilon": 7.98}]}
+    for variant in summary["variants"]:
+        variant |= {"accuracy": None, "parity": variant["parity"] | {"input_source": "synthetic"}}
+    text = _page(summary, tmp_path).text
+    assert "Its R² is not measured." in text
+    assert "R² not measured No test split was declared" in text
+    assert "R² is not measured, because there is no test split" in text
+    assert "No public inputs were declared: agreement and latency were taken on synthetic inputs" in text
+    assert "Size and latency Left and low is better. ●" in text
+
+
+def test_inputs_of_a_public_split_are_not_called_synthetic(tmp_path: Path) -> None:
+    assert "synthetic" not in _page(_of_metric("R2"), tmp_path).text
+
+
+def _with_rounds() -> dict[str, Any]:
+    summary = _demo()
+    for entry in summary["training"]["rounds"]:
+        entry |= {"bytes_down": 12_320, "bytes_up": 9_240 + 3_080 * (entry["round"] % 2), "simulated_s": 1.5}
+    summary["training"] |= {
+        "refusals": {"late": 4, "dropped": 12, "odd": 1},
+        "set_aside": {
+            "ben": {"rounds": 2, "reason": "array 'w' holds NaN or infinity"},
+            "anna": {"rounds": 7, "reason": "a norm of 40"},
+        },
+    }
+    return summary
+
+
+def test_what_travelled_who_was_away_and_who_was_set_aside_is_told(tmp_path: Path) -> None:
+    text = _page(_with_rounds(), tmp_path).text
+    assert "Sent to the owners 12.3 kB a round, 1.23 MB in all" in text
+    assert "Sent back by them 9.24 kB to 12.3 kB a round, 1.08 MB in all" in text
+    assert "Simulated time 150 s in all, 1.5 s the longest round" in text
+    assert "Owners that gave no update dropped 12 times late 4 times odd 1 time " in text
+    assert "Owner Rounds Last reason anna 7 a norm of 40 ben 2 array 'w' holds NaN or infinity" in text
+
+
+def test_at_client_level_nothing_of_the_sort_is_there_to_be_told(tmp_path: Path) -> None:
+    summary = _client_level()
+    summary["training"] |= {"refusals": {}, "set_aside": {}}
+    for entry in summary["training"]["rounds"]:
+        entry |= {"bytes_down": None, "bytes_up": None, "simulated_s": None}
+    text = _page(summary, tmp_path).text
+    assert not re.search("travelled|Simulated time|gave no update|Set aside", text)
+
+
+def test_the_epsilon_of_a_round_is_called_a_bound_where_nobody_was_there_in_all_of_them(tmp_path: Path) -> None:
+    summary = _demo()
+    assert "At most:" not in _page(summary, tmp_path).text
+    summary["privacy"]["participations_charged"] = 93
+    assert "At most: no owner took part in every round." in _page(summary, tmp_path).text
+
+
+def test_many_owners_set_aside_are_cut(tmp_path: Path) -> None:
+    summary = _with_rounds()
+    summary["training"]["set_aside"] = {f"o{i:04d}": {"rounds": 1, "reason": "late"} for i in range(1000)}
+    assert "o0199 1 late and 800 more in summary.json" in _page(summary, tmp_path).text
+
+
+@pytest.mark.parametrize("payload", CORPUS)
+def test_no_string_of_the_rounds_or_the_metric_becomes_markup(payload: str, demo: _Page, tmp_path: Path) -> None:
+    summary = _with_rounds() | {"metric": payload}
+    summary["training"] |= {
+        "refusals": {payload: 3},
+        "set_aside": {payload: {"rounds": 1, "reason": payload}, "odd": payload},
+    }
+    page = _page(summary, tmp_path)
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in demo.elements}
+    known = {name for _, attributes in demo.elements for name in attributes}
+    assert {name for _, attributes in page.elements for name in attributes} <= known
+
+
+@pytest.mark.parametrize("broken", [None, "text", [], {}, 3, math.nan])
+def test_rounds_of_another_shape_are_left_out(broken: Any, tmp_path: Path) -> None:
+    summary = _with_rounds() | {"variants": [], "metric": broken}
+    summary["training"] |= {"refusals": broken, "set_aside": {"anna": broken}, "rounds": [broken, {"bytes_up": broken}]}
+    text = _page(summary, tmp_path).text
+    assert "Accuracy over rounds" in text or broken == "text"
+    assert not re.search(r"\b(None|nan)\b", text)
+
+
 # Attacks.
 
 

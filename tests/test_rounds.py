@@ -9,9 +9,11 @@ from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from tacit.federated.admission import FrontDoor, schema
 from tacit.federated.averaging import FederatedAveraging, from_record, to_record
 from tacit.federated.grid import InProcessGrid, quiet_flower
-from tacit.federated.rounds import FederationFailed, RoundReport, run_rounds
+from tacit.federated.roster import Roster
+from tacit.federated.rounds import Doors, FederationFailed, RoundReport, run_rounds, wait_for
 
 START = {"w": np.zeros(3, np.float32)}
 
@@ -125,3 +127,84 @@ def test_any_other_round_that_nobody_answers_ends_the_run(first_round, skip_lost
     grid = Unavailable(make_grid(), {2})
     with pytest.raises(FederationFailed, match="3 unavailable"):
         rounds(FederatedAveraging(rounds=3), grid, first_round=first_round, skip_lost=skip_lost)
+
+
+# The front door, and who is there.
+
+
+def lying_app(answers):
+    """Nodes move the model by their number; some change what they say."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        arrays = {"w": np.full(3, context.node_id, np.float32)}
+        metrics = {"num-examples": 1, "owner": context.node_id - 2, "server-round": 1}
+        arrays, metrics = answers.get(context.node_id, lambda a, m: (a, m))(arrays, metrics)
+        return Message(RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(metrics)}), reply_to=message)
+
+    return app
+
+
+def doors(owners=4):
+    training = FrontDoor.of_training(schema(START), owners=owners, unit="none")
+    roster = Roster({n + 2: n for n in range(owners)}, closed=True)
+    return Doors(training=training, evaluation=FrontDoor.of_evaluation(owners=owners), roster=roster)
+
+
+LIES = {
+    "nan": lambda arrays, metrics: ({"w": np.full(3, np.nan, np.float32)}, metrics),
+    "broadcast": lambda arrays, metrics: ({"w": np.float32([9.0])}, metrics),
+    "count": lambda arrays, metrics: (arrays, {**metrics, "num-examples": 10**9}),
+    "owner": lambda arrays, metrics: (arrays, {**metrics, "owner": 0}),
+    "round": lambda arrays, metrics: (arrays, {**metrics, "server-round": 7}),
+    "more": lambda arrays, metrics: ({**arrays, "v": arrays["w"]}, metrics),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_reply_that_is_not_as_the_servers_model_says_is_set_aside_and_the_round_goes_on(lie):
+    contexts = {n: Context(1, n, {}, RecordDict(), {}) for n in (2, 3, 4, 5)}
+    grid = InProcessGrid(lying_app({5: LIES[lie]}), contexts)
+    final, reports = rounds(FederatedAveraging(rounds=1), grid, rounds=1, quorum=3, doors=doors())
+    assert final == pytest.approx(3.0)
+    assert list(reports[0][0].aside) == [5]
+    assert reports[0][0].clients == 3
+
+
+def test_too_many_set_aside_end_the_run_and_are_counted():
+    contexts = {n: Context(1, n, {}, RecordDict(), {}) for n in (2, 3, 4)}
+    grid = InProcessGrid(lying_app({3: LIES["nan"], 4: LIES["count"]}), contexts)
+    with pytest.raises(FederationFailed, match="2 set aside"):
+        rounds(FederatedAveraging(rounds=1), grid, rounds=1, quorum=2, doors=doors())
+
+
+def test_bytes_of_arrays_are_counted_both_ways():
+    _, reports = rounds(FederatedAveraging(rounds=1), make_grid(), rounds=1)
+    one = len(to_record(START)["w"].data)
+    assert (reports[0][0].bytes_down, reports[0][0].bytes_up) == (3 * one, 3 * one)
+
+
+class Arriving:
+    """A grid of which one more node can be reached at each look."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def get_node_ids(self):
+        self.looks += 1
+        return range(self.looks)
+
+
+def test_a_round_waits_for_owners_and_counts_down():
+    said = []
+    wait_for(Arriving(), 3, 60.0, said.append, poll_s=0.0)
+    assert [text.partition(",")[0] for text in said] == [
+        "waiting for owners: 1 of 3",
+        "waiting for owners: 2 of 3",
+    ]
+
+
+def test_waiting_ends_and_says_how_many_came():
+    with pytest.raises(FederationFailed, match=r"at least 4 owners to be reachable, got 3 after 0 s"):
+        wait_for(make_grid(), 4, 0.0, lambda text: None)

@@ -20,7 +20,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from torch import nn
 
-from tacit.federated.averaging import ServerOptimizer, to_record
+from tacit.federated.averaging import to_record
 from tacit.federated.client_app import CohortGate, OwnerGate, make_client_app
 from tacit.federated.cohorts import PoissonCohorts
 from tacit.federated.datasets import find_task
@@ -33,6 +33,7 @@ from tacit.federated.outbox import Outbox
 from tacit.federated.owner import Owner
 from tacit.federated.owner_ledgers import OwnerLedgers
 from tacit.federated.rounds import run_rounds
+from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer, write_arrays
 

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from tacit.federated.datasets import find_task
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
-from tacit.federated.mixing import refuse_mixing_records
+from tacit.federated.mixing import refuse_mixing_loss, refuse_mixing_records
 from tacit.federated.noise import SeededGenerator
 from tacit.federated.task import Records, Task
-from tacit.federated.train import LocalTrainer, read_arrays, refuse_mixing_loss, write_arrays
+from tacit.federated.train import LocalTrainer, read_arrays, write_arrays
 
 TASK = find_task("digits")
 RATE = 0.3
@@ -322,7 +322,7 @@ MIXING = [F.cross_entropy, contrast, of_normalised, of_neighbours, weighted_by_c
 @pytest.mark.parametrize("loss", MIXING)
 def test_a_loss_that_mixes_records_is_refused(loss):
     with pytest.raises(PrivacyRefused, match="expected a loss"):
-        refuse_mixing_loss(loss, 10)
+        refuse_mixing_loss(loss, torch.arange(4), shape=(10,))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_loss_that_mixes_records_is_refused(loss):
 )
 @pytest.mark.parametrize("classes", [2, 10])
 def test_a_loss_that_sums_over_records_is_accepted(loss, classes):
-    refuse_mixing_loss(loss, classes)
+    refuse_mixing_loss(loss, torch.arange(4) % classes, shape=(classes,))
 
 
 @dataclass(frozen=True, kw_only=True)

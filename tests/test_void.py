@@ -11,6 +11,7 @@ from tacit.edge import composition, flower_app, pipeline
 from tacit.edge.recipe import Recipe, load_recipe
 from tacit.edge.run_folder import FolderMismatch, RunFolder
 from tacit.federated.checkpoint import read_weights
+from tacit.federated.datasets import find_task
 from tacit.federated.mechanism import PrivacyRefused
 
 SMALL = """
@@ -104,8 +105,8 @@ def test_a_run_keeps_its_seed_or_its_lack_of_one(void: Path, recipe, tmp_path: P
 
 
 def test_private_data_are_never_trained_on_with_a_seed(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    task = composition.find_task("digits")
+    task = find_task("digits")
     data = replace(task.load(), status="private")
-    monkeypatch.setattr(composition, "find_task", lambda _: replace(task, load=lambda: data))
+    monkeypatch.setattr(composition, "task_of", lambda _: replace(task, load=lambda: data))
     with pytest.raises(PrivacyRefused, match="nothing may be void"):
         composition.compose(recipe, tmp_path, unsafe_seed=7)

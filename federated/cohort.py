@@ -1,0 +1,214 @@
+"""Many owners' local steps at once, on one thread: the same sampler, clip and noise as one by one, in fewer products.
+
+Owners' batches are of different sizes, as Poisson batches are: they are padded to the longest of a step, and what pads
+has the factor 0. Each owner's draws come from its own generator in the order in which it would draw them alone, so with
+public randomness the result is that of the sequential engine up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tacit.federated.clipping import Arrays
+from tacit.federated.local_steps import LocalRule, LocalSteps
+from tacit.federated.mechanism import Mechanism
+from tacit.federated.noise import Randomness
+from tacit.federated.stacked_model import StackedModel, unstackable_layers
+from tacit.federated.task import Records, Task
+
+__all__ = ["CohortSteps", "Taken", "Walk", "cohort_refusal"]
+
+# What one pass through the model should hold: about what a processor's cache does.
+_PASS_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What one owner's steps begin with.
+
+    Attributes:
+        arrays: the model, by name; all that it has.
+        records: the owner's.
+        randomness: secret for a guarantee.
+        mechanism: the owner's; of one kind and clip with the others'.
+        correction: added to every gradient (SCAFFOLD), by name, or None.
+    """
+
+    arrays: Arrays
+    records: Records
+    randomness: Randomness
+    mechanism: Mechanism
+    correction: Arrays | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """One owner's steps, taken.
+
+    Attributes:
+        arrays: its model after them, by name.
+        walk: what they began with, where that is in this process.
+    """
+
+    arrays: Arrays
+    walk: Walk | None = None
+
+
+def cohort_refusal(model: torch.nn.Module, mechanism: Mechanism, *, augmented: bool) -> str | None:
+    """Why owners cannot take their steps together, or None where they can.
+
+    >>> plain = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> mechanism = Mechanism(unit="none", sample_rate=0.5, max_grad_norm=float("inf"), noise_multiplier=0.0,
+    ...                       steps_per_round=1, rounds=1, reference_size=1, delta=1e-5)
+    >>> cohort_refusal(plain, mechanism, augmented=False)
+    >>> cohort_refusal(plain, mechanism, augmented=True)
+    'augmentation'
+    """
+    if augmented:
+        return "augmentation"
+    if mechanism.hardened and mechanism.private:
+        return "noise on a grid"
+    unknown = unstackable_layers(model)
+    if unknown:
+        return f"layers without a stacked form ({', '.join(unknown[:3])})"
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    return None if floats == trained else "parameters that are not trained, or buffers"
+
+
+class CohortSteps:
+    """Takes the local steps of many owners at once."""
+
+    def __init__(self, task: Task, model: torch.nn.Module, rule: LocalRule, *, batch_rate: float) -> None:
+        """Prepares a model for which `cohort_refusal` is None; its weights are not used.
+
+        Args:
+            task: gives the loss.
+            model: of the owners.
+            rule: what is done with a gradient.
+            batch_rate: as in `LocalTrainer`.
+        """
+        self._task, self._rule, self._batch_rate = task, rule, batch_rate
+        self._stacked = StackedModel(model, task.loss)
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._record_bytes = max(1, self._stacked.record_bytes(torch.zeros(1, *task.interface.shape)))
+
+    def __call__(self, walks: Sequence[Walk]) -> torch.Tensor:
+        """Where each owner's model is after its steps, (owners, parameters).
+
+        Args:
+            walks: one for each owner, of mechanisms that differ in rate and noise at most.
+        """
+        rows = self._rows([walk.arrays for walk in walks])
+        corrections = None
+        if any(walk.correction is not None for walk in walks):
+            corrections = [self._rows([walk.correction or {} for walk in walks])]
+        moved = torch.nn.Parameter(rows.clone())
+        steps = LocalSteps(self._rule, [moved], correction=corrections)
+        cohort = _Padded.of(walks, self._task)
+        for _ in range(walks[0].mechanism.steps_per_round):
+            coins = [self._draw(walk) for walk in walks]
+            steps.take([self._gradients(moved.detach(), walks, cohort, coins)])
+        return moved.detach()
+
+    def arrays(self, row: npt.NDArray[np.float32]) -> Arrays:
+        """One owner's row as arrays by name."""
+        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
+        pieces = np.split(row, np.cumsum(sizes)[:-1])
+        return {name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+
+    def _rows(self, many: Sequence[Arrays]) -> torch.Tensor:
+        """Arrays one after another, a row for each owner; those of one object are written once."""
+        made: dict[int, npt.NDArray[np.float32]] = {}
+        for arrays in many:
+            if id(arrays) not in made:
+                zero = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items() if name not in arrays}
+                made[id(arrays)] = np.concatenate([{**zero, **arrays}[name].ravel() for name in self._shapes])
+        return torch.from_numpy(np.stack([made[id(arrays)] for arrays in many]))
+
+    def _draw(self, walk: Walk) -> npt.NDArray[np.int64]:
+        size = len(walk.records)
+        if walk.mechanism.unit in ("client", "local"):
+            return np.flatnonzero(walk.randomness.bernoulli(size, self._batch_rate))
+        return walk.mechanism.draw_batch(size, walk.randomness)
+
+    def _gradients(
+        self, rows: torch.Tensor, walks: Sequence[Walk], cohort: _Padded, coins: Sequence[npt.NDArray[np.int64]]
+    ) -> torch.Tensor:
+        longest = max(1, *(len(chosen) for chosen in coins))
+        at_once = max(1, _PASS_BYTES // (self._record_bytes * longest))
+        parts = []
+        for start in range(0, len(walks), at_once):
+            some = slice(start, start + at_once)
+            parts.append(self._summed(rows[some], walks[some], cohort.batch(start, coins[some])))
+        total = torch.cat(parts)
+        return _noised(total, walks) if walks[0].mechanism.per_record else total
+
+    def _summed(
+        self, rows: torch.Tensor, walks: Sequence[Walk], batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        inputs, targets, there = batch
+        if walks[0].mechanism.per_record:
+            return self._stacked.clipped_sum(rows, inputs, targets, there, walks[0].mechanism.max_grad_norm)
+        shares = there / there.sum(1, keepdim=True).clamp(min=1)
+        return self._stacked.weighted_sum(rows, inputs, targets, shares)
+
+
+def _noised(total: torch.Tensor, walks: Sequence[Walk]) -> torch.Tensor:
+    """What a step may be of each owner's clipped sum; owners of one secret generator share a draw."""
+    first = walks[0]
+    alike = all(w.randomness is first.randomness and w.mechanism == first.mechanism for w in walks)
+    if alike:
+        flat = first.mechanism.noised([total.flatten()], first.randomness)[0]
+        return flat.view_as(total)
+    return torch.stack([w.mechanism.noised([row], w.randomness)[0] for w, row in zip(walks, total, strict=True)])
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """All owners' records, each owner's filled up with zeros to the longest."""
+
+    inputs: npt.NDArray[np.float32]  # (owners, records, *shape)
+    targets: npt.NDArray[np.generic]  # (owners, records, ...)
+    known: npt.NDArray[np.bool_]  # (owners, records): has a class that there is
+
+    @classmethod
+    def of(cls, walks: Sequence[Walk], task: Task) -> _Padded:
+        everybody = [walk.records for walk in walks]
+        most = max(1, *(len(records) for records in everybody))
+        pairs = [(records.inputs, task.targets(records)) for records in everybody]
+        inputs = np.zeros((len(walks), most, *pairs[0][0].shape[1:]), np.float32)
+        targets = np.zeros((len(walks), most, *pairs[0][1].shape[1:]), pairs[0][1].dtype)
+        known = np.zeros((len(walks), most), bool)
+        for place, (given, wanted) in enumerate(pairs):
+            inputs[place, : len(given)], targets[place, : len(given)] = given, wanted
+            known[place, : len(given)] = True
+        if task.kind == "classification":
+            wrong = (targets < 0) | (targets >= len(task.interface.labels))
+            known &= ~wrong
+            targets[wrong] = 0
+        return cls(inputs, targets, known)
+
+    def batch(
+        self, start: int, coins: Sequence[npt.NDArray[np.int64]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs, targets and who is there, of the owners from `start` on: (owners, records, ...) each."""
+        longest = max(1, *(len(chosen) for chosen in coins))
+        places = np.zeros((len(coins), longest), np.int64)
+        there = np.zeros((len(coins), longest), bool)
+        for row, chosen in enumerate(coins):
+            places[row, : len(chosen)] = chosen
+            there[row, : len(chosen)] = True
+        owners = np.arange(start, start + len(coins))[:, None]
+        there &= self.known[owners, places]
+        inputs, targets = self.inputs[owners, places], self.targets[owners, places]
+        # What pads is somebody's first record: zeros are finite whatever that one is.
+        inputs[~there] = 0.0
+        if targets.dtype.kind == "f":
+            targets[~there] = 0.0
+        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(there)

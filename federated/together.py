@@ -1,0 +1,204 @@
+"""Between a grid and its clients: a cohort's steps are taken at once, and what comes back stays in one matrix.
+
+Whatever is charged, released or kept by an owner stays where it is for one owner alone (`client_app`): here only the
+steps themselves are computed, for all owners that may be read. Where there is no more to an answer, the replies are one
+`Cohort`, and the messages that Flower would see are made when somebody asks for them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Context, Error, Message, MessageType
+from safetensors.numpy import save
+
+from tacit.devices.failpoint import reach
+from tacit.federated.averaging import from_record
+from tacit.federated.client_app import REFUSAL, asked_of, reply_of, wants_loss
+from tacit.federated.clipping import Arrays
+from tacit.federated.cohort import CohortSteps, Taken, Walk
+from tacit.federated.model_arrays import joined
+from tacit.federated.owner import Owner
+from tacit.federated.personal import Asked
+from tacit.federated.replies import Cohort
+from tacit.federated.turns import Granted, Reservation, Turn
+
+__all__ = ["AtOnce", "Takes", "Together"]
+
+_LOG = logging.getLogger("tacit")
+Work = Sequence[tuple[Message, Context]]
+
+
+class Takes(Protocol):
+    """Takes the steps of owners that may be read."""
+
+    def __call__(self, chosen: Sequence[tuple[Asked, Owner]]) -> list[Taken | Exception] | None:
+        """What each owner's steps came to, or what went wrong with them; None where each is to be tried for itself."""
+        ...
+
+
+class Grants(Protocol):
+    """What was charged for a cohort, and where its payloads go; nothing leaves before the grid's transaction ends."""
+
+    def granted(self, message: Message) -> Reservation | None:
+        """What a message was granted, as long as nobody has taken it up; None where it may not be computed."""
+        ...
+
+    def reserve(self, request: Reservation) -> Turn:
+        """Takes it up."""
+        ...
+
+    def release(self, request: Reservation, payload: bytes) -> None:
+        """Makes the payload ready to leave."""
+        ...
+
+    def fail(self, request: Reservation) -> None:
+        """Says that nothing will leave."""
+        ...
+
+
+class Together:
+    """Takes the steps of a cohort's owners before each of them answers."""
+
+    def __init__(self, takes: Takes, find: Callable[[Context], Owner], grants: Grants | None) -> None:
+        """Connects.
+
+        Args:
+            takes: the steps.
+            find: the owner of a context.
+            grants: what was charged; None where nothing is.
+        """
+        self._takes, self._find, self._grants = takes, find, grants
+        self._taken: dict[int, Taken | Exception] = {}
+        self._decoded: tuple[object, Arrays] = (None, {})
+
+    def find(self, context: Context) -> Owner:
+        """The owner of a context; one whose steps were taken already goes on from there."""
+        owner = self._find(context)
+        taken = self._taken.pop(owner.index, None)
+        if taken is None:
+            return owner
+        if isinstance(taken, Exception):  # once is enough: trying until it works would tell of the records
+            return replace(owner, records=partial(_raise, taken))
+        trained = replace(owner, trainer=owner.trainer.given(taken.arrays))
+        walk = taken.walk
+        if walk is None:
+            return trained
+        # Where it stands: what follows the steps draws from it too.
+        return replace(trained, records=lambda: walk.records, randomness=lambda _: walk.randomness)
+
+    def answer(self, work: Work) -> Sequence[Message] | None:
+        """Takes the steps. Returns the replies where that is all there is to it; otherwise owners answer themselves."""
+        self._taken = {}
+        if not work or any(not _is_training(message) for message, _ in work):
+            return None
+        asked = [(message, self._find(context)) for message, context in work]
+        chosen = [(message, owner) for message, owner in asked if self._may_read(message, owner)]
+        reach("client.before_records")
+        taken = self._takes([(asked_of(message, arrays=self._arrays(message)), owner) for message, owner in chosen])
+        if taken is None:
+            return None
+        models = [one.arrays for one in taken if isinstance(one, Taken)]
+        if len(models) == len(work) and all(_is_bare(message, owner) for message, owner in chosen):
+            rows = np.stack([np.concatenate([array.ravel() for array in model.values()]) for model in models])
+            questions, indices = [message for message, _ in chosen], [owner.index for _, owner in chosen]
+            unfold = partial(_unfold, {name: array.shape for name, array in models[0].items()})
+            return self._released(Cohort(rows, indices, questions, unfold, reply_of))
+        self._taken = {owner.index: one for (_, owner), one in zip(chosen, taken, strict=True)}
+        return None
+
+    def _released(self, cohort: Cohort) -> Sequence[Message]:
+        """The replies, each on its way to the outbox where it was charged, as `under_charge` does it for one owner."""
+        if self._grants is None:
+            return cohort
+        finite = cohort.finite()
+        reach("client.after_training")
+        for question, row, good in zip(cohort.questions, cohort.rows, finite, strict=True):
+            request = self._grants.granted(question)
+            if request is None or not isinstance(self._grants.reserve(request), Granted):
+                raise RuntimeError("expected a reservation that nobody has taken up; ask again")
+            if good:
+                self._grants.release(request, save(cohort.unfold(row)))
+            else:
+                self._grants.fail(request)
+        if finite.all():
+            return cohort
+        lost = [question for question, good in zip(cohort.questions, finite, strict=True) if not good]
+        return [*cohort.take(finite), *(Message(Error(REFUSAL, "unavailable"), reply_to=question) for question in lost)]
+
+    def _may_read(self, message: Message, owner: Owner) -> bool:
+        if not owner.mechanism.private or owner.mechanism.unit == "client":
+            return True  # nothing is charged, or the server has charged it
+        return self._grants is not None and self._grants.granted(message) is not None
+
+    def _arrays(self, message: Message) -> Arrays:
+        """Requests of a round share one record, which is decoded once."""
+        record = message.content.array_records["arrays"]
+        if self._decoded[0] is not record:
+            self._decoded = (record, from_record(record))
+        return self._decoded[1]
+
+
+def _is_training(message: Message) -> bool:
+    return message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
+
+
+def _is_bare(message: Message, owner: Owner) -> bool:
+    """Whether an owner's model after its steps is its whole answer."""
+    unit = owner.mechanism.unit
+    return unit in ("none", "record") and owner.kept.bare and not wants_loss(message)
+
+
+class AtOnce:
+    """All owners' steps in this process, in one pass through the model."""
+
+    def __init__(self, steps: CohortSteps) -> None:
+        """Of one model."""
+        self._steps = steps
+
+    def __call__(self, chosen: Sequence[tuple[Asked, Owner]]) -> list[Taken | Exception] | None:
+        """As `Takes`."""
+        found: list[Walk | Exception] = [_walk(asked, owner) for asked, owner in chosen]
+        walks = [one for one in found if isinstance(one, Walk)]
+        try:
+            rows = iter(self._steps(walks).numpy() if walks else ())
+        except Exception as error:  # noqa: BLE001  # whose it is cannot be told
+            _LOG.debug("steps are taken one by one: %s", type(error).__name__)
+            return None
+        return [
+            Taken(arrays=self._steps.arrays(next(rows)), walk=one) if isinstance(one, Walk) else one for one in found
+        ]
+
+
+def _walk(asked: Asked, owner: Owner) -> Walk | Exception:
+    try:
+        own = owner.kept.own_before(asked.server_round)
+        return Walk(
+            arrays=asked.arrays if not own else joined(owner.trainer.model, asked.arrays, own),
+            records=owner.records(),
+            randomness=owner.randomness(asked.server_round),
+            mechanism=owner.mechanism,
+            correction=asked.correction,
+        )
+    except Exception as error:  # noqa: BLE001  # one owner's trouble is not the others'
+        return error
+
+
+def _unfold(shapes: Mapping[str, tuple[int, ...]], row: npt.NDArray[np.float32]) -> Arrays:
+    """A row as arrays by name."""
+    found, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + int(np.prod(shape))
+        found[name] = row[start:end].reshape(shape)
+        start = end
+    return found
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
