@@ -146,10 +146,13 @@ def _check(recipe: Recipe, where: str, progress: Progress) -> None:
     progress.begin("prepare", 1)
     from tacit.edge.composition import build_model
     from tacit.edge.planning import check_plan, delta_note
+    from tacit.federated.plugged import find_strategy
 
     try:
         _specs(recipe)
         build_model(recipe)
+        if ":" in recipe.federated.strategy:
+            find_strategy(recipe.federated.strategy)
     except ValueError as error:
         raise RecipeInvalid(str(error), where) from None
     loose = delta_note(check_plan(recipe))

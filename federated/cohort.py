@@ -7,8 +7,10 @@ public randomness the result is that of the sequential engine up to float32 roun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from tacit.federated.noise import Randomness
 from tacit.federated.stacked_model import StackedModel, unstackable_layers
 from tacit.federated.task import Records, Task
 
-__all__ = ["CohortSteps", "Taken", "Walk", "cohort_refusal"]
+__all__ = ["CohortSteps", "Taken", "Walk", "cohort_refusal", "unfolded"]
 
 # What one pass through the model should hold: about what a processor's cache does.
 _PASS_BYTES = 2**24
@@ -51,12 +53,39 @@ class Taken:
     """One owner's steps, taken.
 
     Attributes:
-        arrays: its model after them, by name.
+        row: its model after them, one array after another, (parameters,).
+        unfold: a row as arrays by name.
         walk: what they began with, where that is in this process.
     """
 
-    arrays: Arrays
+    row: npt.NDArray[np.float32]
+    unfold: Callable[[npt.NDArray[np.float32]], Arrays]
     walk: Walk | None = None
+
+    @property
+    def arrays(self) -> Arrays:
+        """The model by name."""
+        return self.unfold(self.row)
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> Taken:
+        """Of a model that is at hand by name."""
+        row = np.concatenate([array.ravel() for array in arrays.values()])
+        return cls(row=row, unfold=partial(unfolded, {name: array.shape for name, array in arrays.items()}))
+
+
+def unfolded(shapes: Mapping[str, tuple[int, ...]], row: npt.NDArray[np.float32]) -> Arrays:
+    """A row as arrays by name, views of it.
+
+    >>> unfolded({"w": (1, 2), "b": ()}, np.float32([1.0, 2.0, 3.0]))
+    {'w': array([[1., 2.]], dtype=float32), 'b': array(3., dtype=float32)}
+    """
+    found, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        found[name] = row[start:end].reshape(shape)
+        start = end
+    return found
 
 
 def cohort_refusal(model: torch.nn.Module, mechanism: Mechanism, *, augmented: bool) -> str | None:
@@ -118,9 +147,7 @@ class CohortSteps:
 
     def arrays(self, row: npt.NDArray[np.float32]) -> Arrays:
         """One owner's row as arrays by name."""
-        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
-        pieces = np.split(row, np.cumsum(sizes)[:-1])
-        return {name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+        return unfolded(self._shapes, row)
 
     def _rows(self, many: Sequence[Arrays]) -> torch.Tensor:
         """Arrays one after another, a row for each owner; those of one object are written once."""

@@ -170,18 +170,15 @@ class PerRecordSum:
             loss = self._loss(self._model(inputs), labels)
         if not calls:
             return {}
-        return uses_of(calls, loss, None, records=len(inputs))
+        return uses_of(calls, loss, records=len(inputs))
 
 
-def uses_of(
-    calls: Iterable[Call], end: Tensor, gradient: Tensor | None, *, records: int, keep_graph: bool = False
-) -> dict[Layer, list[Use]]:
+def uses_of(calls: Iterable[Call], end: Tensor, *, records: int, keep_graph: bool = False) -> dict[Layer, list[Use]]:
     """By layer, its inputs and output gradients: a backward pass that ends at the outputs of layers.
 
     Args:
         calls: of a forward pass.
-        end: where the backward pass begins: a loss, or the model's output.
-        gradient: at the end; None for a loss.
+        end: where the backward pass begins, a number.
         records: the first dimension of every input and output.
         keep_graph: whether another backward pass follows.
 
@@ -190,9 +187,7 @@ def uses_of(
     """
     noted = list(calls)
     out = [call.out for call in noted]
-    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-        end, out, gradient, allow_unused=True, retain_graph=keep_graph
-    )
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(end, out, allow_unused=True, retain_graph=keep_graph)
     uses: dict[Layer, list[Use]] = {}
     for call, found in zip(noted, gradients, strict=True):
         if found is None:

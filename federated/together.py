@@ -8,13 +8,12 @@ steps themselves are computed, for all owners that may be read. Where there is n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from flwr.app import Context, Error, Message, MessageType
 from safetensors.numpy import save
 
@@ -101,15 +100,19 @@ class Together:
         asked = [(message, self._find(context)) for message, context in work]
         chosen = [(message, owner) for message, owner in asked if self._may_read(message, owner)]
         reach("client.before_records")
-        taken = self._takes([(asked_of(message, arrays=self._arrays(message)), owner) for message, owner in chosen])
+        asked_by: dict[int, Asked] = {}
+        for message, _ in chosen:  # a round's messages share their content, or most of them
+            if id(message.content) not in asked_by:
+                asked_by[id(message.content)] = asked_of(message, arrays=self._arrays(message))
+        taken = self._takes([(asked_by[id(message.content)], owner) for message, owner in chosen])
         if taken is None:
             return None
-        models = [one.arrays for one in taken if isinstance(one, Taken)]
-        if len(models) == len(work) and all(_is_bare(message, owner) for message, owner in chosen):
-            rows = np.stack([np.concatenate([array.ravel() for array in model.values()]) for model in models])
+        good = [one for one in taken if isinstance(one, Taken)]
+        bare = not any(wants_loss(message) for message in {id(m.content): m for m, _ in chosen}.values())
+        if bare and len(good) == len(work) and all(_is_bare(owner) for _, owner in chosen):
+            rows = np.stack([one.row for one in good])
             questions, indices = [message for message, _ in chosen], [owner.index for _, owner in chosen]
-            unfold = partial(_unfold, {name: array.shape for name, array in models[0].items()})
-            return self._released(Cohort(rows, indices, questions, unfold, reply_of))
+            return self._released(Cohort(rows, indices, questions, good[0].unfold, reply_of))
         self._taken = {owner.index: one for (_, owner), one in zip(chosen, taken, strict=True)}
         return None
 
@@ -149,10 +152,9 @@ def _is_training(message: Message) -> bool:
     return message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
 
 
-def _is_bare(message: Message, owner: Owner) -> bool:
+def _is_bare(owner: Owner) -> bool:
     """Whether an owner's model after its steps is its whole answer."""
-    unit = owner.mechanism.unit
-    return unit in ("none", "record") and owner.kept.bare and not wants_loss(message)
+    return owner.mechanism.unit in ("none", "record") and owner.kept.bare
 
 
 class AtOnce:
@@ -172,7 +174,8 @@ class AtOnce:
             _LOG.debug("steps are taken one by one: %s", type(error).__name__)
             return None
         return [
-            Taken(arrays=self._steps.arrays(next(rows)), walk=one) if isinstance(one, Walk) else one for one in found
+            Taken(row=next(rows), unfold=self._steps.arrays, walk=one) if isinstance(one, Walk) else one
+            for one in found
         ]
 
 
@@ -188,16 +191,6 @@ def _walk(asked: Asked, owner: Owner) -> Walk | Exception:
         )
     except Exception as error:  # noqa: BLE001  # one owner's trouble is not the others'
         return error
-
-
-def _unfold(shapes: Mapping[str, tuple[int, ...]], row: npt.NDArray[np.float32]) -> Arrays:
-    """A row as arrays by name."""
-    found, start = {}, 0
-    for name, shape in shapes.items():
-        end = start + int(np.prod(shape))
-        found[name] = row[start:end].reshape(shape)
-        start = end
-    return found
 
 
 def _raise(error: Exception) -> NoReturn:

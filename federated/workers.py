@@ -183,5 +183,5 @@ class Apart:
             ]
             results = self._workers(chosen[places[0]][0].arrays, errands)
             for place, result in zip(places, results, strict=True):
-                found[place] = result if isinstance(result, Exception) else Taken(arrays=result)
+                found[place] = result if isinstance(result, Exception) else Taken.of(result)
         return [found[place] for place in range(len(chosen))]

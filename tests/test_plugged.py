@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
+from tacit.edge import pipeline
 from tacit.edge.flower_app import train_in_process
-from tacit.edge.recipe import load_recipe
+from tacit.edge.recipe import RecipeInvalid, load_recipe
 from tacit.federated.checkpoint import read_weights
 from tacit.federated.plugged import PluggedStrategy, find_strategy
 
@@ -88,3 +89,10 @@ def test_what_is_no_strategy_is_refused_in_one_line(name, words):
         find_strategy(name)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_with_a_strategy_that_is_not_there_ends_before_it_begins(tmp_path: Path):
+    recipe = load_recipe("digits", [*SMALL, "federated.strategy=nowhere:Strategy"])
+    with pytest.raises(RecipeInvalid, match="importable"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "train").exists()
