@@ -72,7 +72,14 @@ def _linear_part(layer: nn.Linear, uses: Sequence[Use]) -> Part:
         scaled = factors.view(-1, 1, 1) * masked(gradient, usable)
         place.view_as(layer.weight).addmm_(scaled.flatten(0, 1).mT, masked(inputs, usable).flatten(0, 1))
 
-    return from_factors(inputs, gradient, of_bias, add)
+    def total(groups: int, factors: Tensor, usable: Tensor | None) -> Tensor:
+        scaled = factors.view(-1, 1, 1) * masked(gradient, usable)
+        of_group = scaled.reshape(groups, -1, layer.out_features).mT @ masked(inputs, usable).reshape(
+            groups, -1, layer.in_features
+        )
+        return of_group.flatten(1)
+
+    return from_factors(inputs, gradient, of_bias, add, total)
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = ["Part", "from_factors", "from_gradients", "ghost_is_cheaper", "masked
 
 Tensor = torch.Tensor
 Add = Callable[[Tensor, Tensor, Tensor | None], None]
+Sum = Callable[[int, Tensor, Tensor | None], Tensor]
 
 # Half a unit in the last place of float32, and the root of the least square that float32 does not round to nothing.
 _ROUNDING, _LOST = 2.0**-24, 2.0**-63
@@ -40,11 +41,14 @@ class Part:
         additions: of squares, at most, behind each of `norms`; each may have rounded it down.
         add: adds the sum of gradients times factors, (records,), to places, each a trainable parameter's elements in a
             row. With a mask of the usable records, (records,), the others enter as zeros: 0·NaN is NaN.
+        sums: the same sums for equal groups of records that follow one another, each by itself: from the number of
+            groups, factors and mask to (groups, elements) per trainable parameter; None where there is no short way.
     """
 
     norms: Sequence[Tensor]
     additions: int
     add: Callable[[Sequence[Tensor], Tensor, Tensor | None], None]
+    sums: Callable[[int, Tensor, Tensor | None], list[Tensor]] | None = None
 
 
 def norm_from_above(parts: Sequence[Part], *, records: int, parameters: int) -> Tensor:
@@ -100,15 +104,22 @@ def from_gradients(gradients: Sequence[Tensor]) -> Part:
         for place, gradient in zip(places, gradients, strict=True):
             place.addmv_(masked(gradient, usable).flatten(1).mT, factors)
 
+    def sums(groups: int, factors: Tensor, usable: Tensor | None) -> list[Tensor]:
+        weights = factors.view(groups, 1, -1)
+        rows = [masked(gradient, usable).flatten(1) for gradient in gradients]
+        return [(weights @ row.view(groups, -1, row.shape[1]))[:, 0] for row in rows]
+
     norms = [_norms(gradient).view(len(gradient), -1) for gradient in gradients]
-    return Part(norms=norms, additions=_additions(*gradients), add=add)
+    return Part(norms=norms, additions=_additions(*gradients), add=add, sums=sums)
 
 
 def _additions(*values: Tensor) -> int:
     return max((min(value.shape[-1], _LONGEST_SUM) for value in values), default=0)
 
 
-def from_factors(inputs: Tensor, gradient: Tensor, of_bias: Sequence[Tensor], add_weight: Add) -> Part:
+def from_factors(
+    inputs: Tensor, gradient: Tensor, of_bias: Sequence[Tensor], add_weight: Add, sum_weight: Sum | None = None
+) -> Part:
     """From a weight whose gradient is Σ_t g_t a_tᵀ, of which only the norm is made.
 
     Args:
@@ -116,18 +127,26 @@ def from_factors(inputs: Tensor, gradient: Tensor, of_bias: Sequence[Tensor], ad
         gradient: g, (records, positions, out).
         of_bias: the bias' gradients, (records, out), or nothing.
         add_weight: adds the weight's sum of gradients times factors to the weight's place.
+        sum_weight: the same sum of each group of records, (groups, elements); None where there is no short way.
     """
     rest = from_gradients(of_bias)
+    of_rest, sums = rest.sums, None
+    if sum_weight is not None and of_rest is not None:
+
+        def sums(groups: int, factors: Tensor, usable: Tensor | None) -> list[Tensor]:
+            return [sum_weight(groups, factors, usable), *of_rest(groups, factors, usable)]
 
     def add(places: Sequence[Tensor], factors: Tensor, usable: Tensor | None) -> None:
         add_weight(places[0], factors, usable)
         rest.add(places[1:], factors, usable)
 
     if inputs.shape[1] > 1:
-        return Part(norms=[_gram_norms(inputs, gradient), *rest.norms], additions=rest.additions, add=add)
+        norms = [_gram_norms(inputs, gradient), *rest.norms]
+        return Part(norms=norms, additions=rest.additions, add=add, sums=sums)
     lost = [math.sqrt(values.shape[2]) * _LOST for values in (inputs, gradient)]
-    norms = (_norms(inputs) + lost[0]) * (_norms(gradient) + lost[1])  # (records, 1)
-    return Part(norms=[norms, *rest.norms], additions=_additions(inputs) + _additions(gradient), add=add)
+    product = (_norms(inputs) + lost[0]) * (_norms(gradient) + lost[1])  # (records, 1)
+    additions = _additions(inputs) + _additions(gradient)
+    return Part(norms=[product, *rest.norms], additions=additions, add=add, sums=sums)
 
 
 def ghost_is_cheaper(positions: int, width_in: int, width_out: int) -> bool:

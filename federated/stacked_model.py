@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tacit.federated.clipping import clip_factors
 from tacit.federated.per_record import Call, uses_of
 from tacit.federated.per_record_layers import KINDS
-from tacit.federated.per_record_parts import masked, norm_from_above
+from tacit.federated.per_record_parts import Part, masked, norm_from_above
 
 __all__ = ["StackedModel", "unstackable_layers"]
 
@@ -114,7 +114,23 @@ class StackedModel:
             # A record that is not finite would make a NaN of everybody's sum: it goes, and the others are as they were.
             clean = masked(inputs.flatten(0, 1), usable).view_as(inputs)
             return self.clipped_sum(weights, clean, targets, there & usable.view_as(there), max_grad_norm)
+        mask = None if bool(usable.all()) else usable  # what pads may be of weights that are not finite
+        sums = self._direct(dict(zip(uses, parts, strict=True)), len(weights), factors * present, mask)
+        if sums is not None:
+            return sums
         return self._summed(out, leaves, gradient * _spread(factors * present, gradient))
+
+    def _direct(
+        self, parts: Mapping[nn.Module, Part], clients: int, factors: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """The clipped sums from what the norms were made of; None where a layer needs another backward pass."""
+        by_parameter: dict[nn.Parameter, Tensor] = {}
+        for layer, own in self._layers.items():
+            part = parts.get(layer)
+            if part is None or part.sums is None:
+                return None
+            by_parameter |= dict(zip(own, part.sums(clients, factors, mask), strict=True))
+        return torch.cat([by_parameter[p] for p in self._model.parameters() if p.requires_grad], dim=1)
 
     def _at_output(self, out: Tensor, targets: Tensor) -> Tensor:
         """The gradient of each record's loss at its own output."""
