@@ -110,14 +110,14 @@ class StackedModel:
             parts = [KINDS[type(layer)].part(layer, its_uses) for layer, its_uses in uses.items()]
             norms = norm_from_above(parts, records=records, parameters=self.size)
             factors, usable = clip_factors(norms, max_grad_norm)
+        mask = None if bool(usable.all()) else usable
+        sums = self._direct(dict(zip(uses, parts, strict=True)), len(weights), factors * present, mask)
+        if sums is not None:
+            return sums
         if not bool((usable | ~present).all()):
             # A record that is not finite would make a NaN of everybody's sum: it goes, and the others are as they were.
             clean = masked(inputs.flatten(0, 1), usable).view_as(inputs)
             return self.clipped_sum(weights, clean, targets, there & usable.view_as(there), max_grad_norm)
-        mask = None if bool(usable.all()) else usable  # what pads may be of weights that are not finite
-        sums = self._direct(dict(zip(uses, parts, strict=True)), len(weights), factors * present, mask)
-        if sums is not None:
-            return sums
         return self._summed(out, leaves, gradient * _spread(factors * present, gradient))
 
     def _direct(

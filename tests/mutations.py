@@ -1266,6 +1266,14 @@ _BESIDES = [
     ),
     Mutation(
         "a NaN record",
+        "owners whose steps are taken at once, sums from the norms' parts",
+        "federated/stacked_model.py",
+        "        mask = None if bool(usable.all()) else usable\n",
+        "        mask = None\n",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "a NaN record",
         "owners whose steps are taken at once",
         "federated/stacked_model.py",
         "        if not bool((usable | ~present).all()):\n",
@@ -1282,11 +1290,11 @@ _BESIDES = [
     ),
     Mutation(
         BESIDES,
-        "unit local: what stays takes up the noise of what is sent",
+        "unit local: what was computed is sent as it is",
         _TRAIN,
-        "self._mechanism.release_locally(_change(arrays, after), randomness)",
-        "self._mechanism.release_locally(_change({**arrays, **(own or {})}, after), randomness)",
-        ("test_personal.py",),
+        "            return {**after, **_moved(arrays, self",
+        "            return after or {**after, **_moved(arrays, self",
+        _WHOLE_UPDATE,
     ),
     Mutation(
         BESIDES,

@@ -124,8 +124,15 @@ def test_a_cohort_larger_than_a_pass_is_taken_in_passes(monkeypatch):
     torch.testing.assert_close(rows(), whole)
 
 
-def test_a_record_that_is_not_finite_contributes_nothing_and_is_nobody_elses_trouble():
-    start, rule = write_arrays(make_model()), LocalRule(learning_rate=1.0)
+def one_position():
+    """A convolution whose weighted sum takes another backward pass."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 8), torch.nn.Flatten(), torch.nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize("model", [make_model, one_position])
+def test_a_record_that_is_not_finite_contributes_nothing_and_is_nobody_elses_trouble(model):
+    start, rule = write_arrays(model()), LocalRule(learning_rate=1.0)
     quiet = replace(MECHANISM, noise_multiplier=1e-9, sample_rate=1.0, steps_per_round=1)
     bad = records(5, 1)
     bad.inputs[2] = np.nan
@@ -137,11 +144,12 @@ def test_a_record_that_is_not_finite_contributes_nothing_and_is_nobody_elses_tro
             Walk(arrays=start, records=part, randomness=SeededGenerator(seed), mechanism=quiet)
             for seed, part in enumerate(pair)
         ]
-        return CohortSteps(TASK, make_model(), rule, batch_rate=0.5)(walks)
+        return CohortSteps(TASK, model(), rule, batch_rate=0.5)(walks)
 
     with_it, without = rows(bad), rows(clean)
     assert torch.isfinite(with_it).all()
     torch.testing.assert_close(with_it, without, atol=1e-6, rtol=0.0)
+    assert float((with_it[0] - rows(records(0))[0]).abs().max()) > 1e-3
 
 
 def test_one_record_moves_its_own_owners_sum_by_no_more_than_the_norm_and_nobody_elses():
