@@ -152,10 +152,19 @@ def _check_ledger(folder: RunFolder, accounts: Sequence[Account], plan: Planned)
     charged = sum(_participations(account, plan.of(account.owner), folder) for account in accounts)
     if charged < sum(used):
         raise ChainDamaged(f"expected at least {sum(used)} participations, got {charged}; restore the newest ledger")
+    most = max((_participations(account, plan.of(account.owner), folder) for account in accounts), default=0)
+    if _asks_everybody(folder) and most < len(used):
+        raise ChainDamaged(f"expected at least {len(used)} participations, got {most}; restore the newest ledger")
     newest, _ = load_checkpoint(folder.train / "checkpoint")
     ledgers = find_ledgers(folder.path)
     if newest and newest.ledger_head and not any(has_head(path, newest.ledger_head) for path in ledgers):
         raise ChainDamaged(f"expected the ledger of round {newest.round}, got an older one; restore the newest ledger")
+
+
+def _asks_everybody(folder: RunFolder) -> bool:
+    """Whether each owner takes part in all rounds, or the server is charged for each."""
+    federated = folder.recipe.federated
+    return not (federated.cohort or federated.failures.dropout or federated.strategy == "fedbuff")
 
 
 def _noise(mechanism: Mechanism) -> str:

@@ -156,7 +156,8 @@ def server_plan(
         progress=report,
         owner_names=composition.names,
         doors=doors_of(composition, shared, indices),
-        checkpoint_s=federated.checkpoint_s,
+        # Where owners are apart they forget earlier payloads, so that no round can be asked for again.
+        checkpoint_s=0.0 if indices is None else federated.checkpoint_s,
         wait_s=federated.wait_s if indices is None else 0.0,
         reachable=quorum,
     )

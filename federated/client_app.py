@@ -113,7 +113,9 @@ def _train(message: Message, owner: Owner) -> Message:
 def _evaluate(message: Message, owner: Owner, evaluation: Evaluator) -> Message:
     def compute() -> Arrays:
         # Where randomness has a seed, the round's own stream is the training's.
-        arrays = owner.kept.model(_arrays(message), _round(message))
+        # A model of the owner's own has no noise: at record level one record would change how all others are counted.
+        own = owner.mechanism.unit != "record"
+        arrays = owner.kept.model(_arrays(message), _round(message), personal=own)
         return evaluation.release(arrays, owner.records(), owner.randomness(-_round(message)))
 
     def reply(counts: Arrays) -> Message:

@@ -184,10 +184,17 @@ class Kept:
             return {}
         return _part(self.store.before(server_round) if self.store else {}, "own") or self.own
 
-    def model(self, arrays: Arrays, server_round: int) -> Arrays:
-        """The model that this owner uses: its own where it has one, else the shared one with its own parameters."""
+    def model(self, arrays: Arrays, server_round: int, *, personal: bool = True) -> Arrays:
+        """The model that this owner uses: its own where it has one, else the shared one with its own parameters.
+
+        Args:
+            arrays: the shared model, by name.
+            server_round: from 1.
+            personal: False for what may be known of single records: Ditto's model then stays out.
+        """
         kept = self.store.before(server_round + 1) if self.store else {}
-        return _part(kept, "personal") or {**arrays, **(_part(kept, "own") or self.own)}
+        own = _part(kept, "personal") if personal else {}
+        return own or {**arrays, **(_part(kept, "own") or self.own)}
 
     def _coded(self, before: Arrays, after: Arrays, residual: Arrays) -> tuple[Arrays, Arrays]:
         """What is sent of a model, and what of its update is not."""

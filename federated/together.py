@@ -98,6 +98,8 @@ class Together:
         if not work or any(not _is_training(message) for message, _ in work):
             return None
         asked = [(message, self._find(context)) for message, context in work]
+        if len({owner.index for _, owner in asked}) < len(asked):  # asked twice: the gate answers once
+            return None
         chosen = [(message, owner) for message, owner in asked if self._may_read(message, owner)]
         reach("client.before_records")
         asked_by: dict[int, Asked] = {}

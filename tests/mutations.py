@@ -1282,6 +1282,14 @@ _BESIDES = [
     ),
     Mutation(
         BESIDES,
+        "records are counted with a model of the owner's own that has no noise",
+        _CLIENT,
+        '        own = owner.mechanism.unit != "record"\n',
+        "        own = True\n",
+        ("test_personal.py",),
+    ),
+    Mutation(
+        BESIDES,
         "parameters that stay are sent as well",
         "federated/personal.py",
         "            return {name: after[name] for name in before}, {}\n",

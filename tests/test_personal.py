@@ -6,12 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
+from tacit.federated.averaging import to_record
+from tacit.federated.client_app import CohortGate, make_client_app
 from tacit.federated.datasets import find_task
+from tacit.federated.evaluation import Evaluator, evaluation_mechanism
+from tacit.federated.grid import InProcessGrid
+from tacit.federated.ledger import Ledger
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.model_arrays import write_arrays
 from tacit.federated.noise import SeededGenerator
+from tacit.federated.outbox import Outbox
+from tacit.federated.owner import Owner
 from tacit.federated.personal import Asked, Kept, OwnerStore, own_names
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer
@@ -113,6 +121,57 @@ def test_dittos_model_has_no_influence_on_what_is_sent(tmp_path: Path, model):
     assert {name.removeprefix("personal.") for name in stored} == set(arrays)
     personal = Kept(store=OwnerStore(tmp_path / "b"), ditto=0.5).model(arrays, 1)
     assert not np.array_equal(personal["1.weight"], sent[1]["1.weight"])
+
+
+def test_at_record_level_dittos_model_is_not_what_records_are_counted_with(tmp_path: Path, model):
+    arrays = start(model)
+    trainer = LocalTrainer(TASK, make_model(), MECHANISM, learning_rate=0.1, personal=True)
+    kept = Kept(store=OwnerStore(tmp_path), ditto=0.5)
+    kept.train(trainer, Asked(arrays=arrays, server_round=1), records(), SeededGenerator(2))
+    asked = []
+    for unit in ("record", "local"):
+        mechanism = replace(MECHANISM, unit=unit, sample_rate=1.0)
+        evaluator = Evaluator(mechanism=evaluation_mechanism(mechanism, 4.0, 1), model=make_model())
+        found = _counted_with(evaluator, mechanism, kept, arrays, tmp_path)
+        asked.append(np.array_equal(found["1.weight"], arrays["1.weight"]))
+    assert asked == [True, False]
+
+
+def _counted_with(evaluator, mechanism, kept, arrays, folder):
+    """The model that an owner's evaluation was given."""
+    seen = {}
+
+    class Watching:
+        def __init__(self):
+            self.mechanism = evaluator.mechanism
+
+        def release(self, model, held, randomness):
+            seen.update(model)
+            return evaluator.release(model, held, randomness)
+
+    owner = Owner(
+        name="anna",
+        index=0,
+        source="digits",
+        mechanism=mechanism,
+        trainer=LocalTrainer(TASK, make_model(), mechanism, learning_rate=0.1),
+        records=records,
+        randomness=lambda n: SeededGenerator(abs(n)),
+        gate=None,
+        log=folder / "errors.log",
+        evaluation=Watching(),
+        kept=kept,
+    )
+    ledger = Ledger(folder / f"{mechanism.unit}.jsonl", Outbox(folder / "outbox"), epsilon=math.inf, delta=1e-5)
+    gate = CohortGate(ledger, lambda context: owner)
+    app = make_client_app(lambda context: replace(owner, gate=gate))
+    grid = InProcessGrid(app, {2: Context(1, 2, {}, RecordDict(), {})}, gate)
+    config = ConfigRecord({"run": "r", "server-round": 1})
+    content = RecordDict({"arrays": to_record(arrays), "config": config})
+    (reply,) = grid.send_and_receive([Message(content, 2, "evaluate")])
+    ledger.close()
+    assert reply.has_content()
+    return seen
 
 
 def test_error_feedback_keeps_what_was_not_sent_of_the_noised_update(tmp_path: Path, model):
