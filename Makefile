@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test soak clean
+.PHONY: demo test soak peers clean
 
 demo: .venv/.demo
 	@test ! -e "$(OUT)" -o -e "$(OUT)/run.json" || { echo "error: $(OUT) is not a run folder; name another OUT" >&2; exit 2; }
@@ -45,5 +45,16 @@ soak: .venv/.soak
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev,simulation]'
 	@touch $@
 
+# What benchmarks compare with and the product never needs; torch as ours, pfl as its guide installs it.
+peers: .venv-peers/.peers
+
+.venv-peers/.peers: Makefile
+	@test -n "$(PYTHON)" || { echo "error: python3.11 not found; install it (Debian: apt-get install python3.11 python3.11-venv)" >&2; exit 7; }
+	@echo "Installing into .venv-peers (a few minutes)"
+	@"$(PYTHON)" -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 numpy
+	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check 'pfl[pytorch]==0.6.0'
+	@touch $@
+
 clean:
-	rm -rf .venv runs dist build .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers runs dist build .mypy_cache .ruff_cache

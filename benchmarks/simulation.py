@@ -1,17 +1,23 @@
-"""Seconds per round of a simulation: Tacit's engines, a plain loop, Opacus for each client, and Flower on Ray.
+"""Seconds per round of a simulation: Tacit's engines, a plain loop, Opacus for each client, Flower on Ray, and pfl.
 
-Usage: python benchmarks/simulation.py [--cases mlp cnn mlp-dp small-cnn-dp] [--peers plain opacus flower]
-[--rounds 30] [--quick] [--json FILE].
+Usage: python benchmarks/simulation.py [--cases mlp cnn mlp-dp small-cnn-dp first-round clients-100k clients-1m]
+[--peers plain opacus flower pfl] [--engines ...] [--rounds 30] [--repeats 3] [--quick] [--json FILE]. pfl needs
+`make peers`.
 
 50 clients a round of 50 records each; an epoch of local SGD in 5 steps whose batches hold 10 records on average (each
-record joins with probability 1/5: Poisson batches, on all sides). `mlp` is 64-64-10 with 1,000 clients, `cnn` has 362 k
-parameters on 32x32x3, `small-cnn` is 16 and 32 channels on 8x8. The private cases clip each record to C = 1 and add
-noise of z = 1 to every step.
+record joins with probability 1/5: Poisson batches, but in pfl, which has no others than of 10). `mlp` is 64-64-10 with
+1,000 clients, `cnn` has 362 k parameters on 32x32x3, `small-cnn` is 16 and 32 channels on 8x8. The private cases clip
+each record to C = 1 and add noise of z = 1 to every step.
 
 A round of Tacit is a round of `tacit run`: Flower messages in, front door, averaging, checkpoints a second apart,
-ledgers on disk before records are read. `plain` and `opacus` are bare loops over clients in one process, without any
-of that.
-`flower` runs the same client under `flwr.simulation` (Ray), with Flower's FedAvg. torch has one thread.
+ledgers on disk before records are read. `flwr-fedavg` is the vectorised engine with Flower's own FedAvg object as the
+strategy. `plain` and `opacus` are bare loops over clients in one process and on one thread, without any of that.
+`flower` runs the same client under `flwr.simulation` (Ray, a worker a core), with Flower's FedAvg; `pfl` its
+FederatedAveraging in one process, with torch on all cores for `cnn`. All take turns, `--repeats` times.
+
+`first-round` is the time from torch being imported to the report of the first round of `mlp`, in a fresh process.
+`clients-100k` and `clients-1m` have so many clients registered and ask 100 of them: a round without the steps
+themselves, and the memory that the process ever held.
 """
 
 from __future__ import annotations
@@ -20,262 +26,140 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
+import simulation_peers as peers
 import torch
-from torch import nn
-from torch.nn import functional as F
+from simulation_peers import COHORT, LEARNING_RATE, PEERS, RATE, SHAPES, STEPS, arrays_of, clients_of, missing
 
-from tacit.devices.interface import Interface
-from tacit.federated.models import build_family
-from tacit.federated.task import Data, Records, Task
-
-CLIENTS, COHORT, RECORDS, STEPS, RATE, LEARNING_RATE = 1000, 50, 50, 5, 0.2, 0.1
-SHAPES = {"mlp": (64,), "cnn": (3, 32, 32), "small-cnn": (1, 8, 8)}
+_FOLDER = str(Path(__file__).resolve().parent)
+_SETS_OF_RECORDS = 1000  # what more clients than these hold, they hold together
 
 
-class LargeCnn(nn.Sequential):
-    """Two convolutions and two linear layers, 362 k parameters."""
+def _task(kind: str, clients: int) -> object:
+    from tacit.devices.interface import Interface
+    from tacit.federated.task import Data, Records, Task
 
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(4),
-            nn.Flatten(),
-            nn.Linear(1024, 330),
-            nn.ReLU(),
-            nn.Linear(330, 10),
-        )
-
-
-def model_of(kind: str) -> nn.Module:
-    """The model of a case."""
-    if kind == "mlp":
-        return build_family({"family": "mlp", "hidden": [64]}, shape=(64,), outputs=10)
-    return LargeCnn() if kind == "cnn" else build_family({"family": "cnn"}, shape=(1, 8, 8), outputs=10)
-
-
-def records_of(kind: str, client: int) -> Records:
-    """Made-up records of a client."""
-    generator = np.random.default_rng(client)
-    inputs = generator.standard_normal((RECORDS, *SHAPES[kind])).astype(np.float32)
-    return Records(inputs, generator.integers(0, 10, RECORDS))
-
-
-def _task(kind: str) -> Task:
-    held = {client: records_of(kind, client) for client in range(CLIENTS if kind == "mlp" else COHORT)}
+    held = [Records(*arrays_of(kind, client)) for client in range(min(clients, _SETS_OF_RECORDS))]
     return Task(
         name=kind,
         title=kind,
         interface=Interface(shape=SHAPES[kind], labels=tuple("0123456789")),
-        load=lambda: Data(private=None, public=None, test=None, status="public-benchmark", of_owner=held.__getitem__),
-        build=lambda parameters: model_of(kind),
+        load=lambda: Data(
+            private=None,
+            public=None,
+            test=None,
+            status="public-benchmark",
+            of_owner=lambda client: held[client % len(held)],
+        ),
+        build=lambda parameters: peers.MODELS[kind](),
     )
 
 
-TASKS = {f"{kind.replace('-', '_')}_task": partial(_task, kind) for kind in SHAPES}
-globals().update(TASKS)  # a recipe names them: "simulation:mlp_task"
+POPULATIONS = {"clients-100k": 100_000, "clients-1m": 1_000_000}
+# A recipe names them: "simulation:mlp_task".
+TASKS = {f"{kind.replace('-', '_')}_task": partial(_task, kind, clients_of(kind)) for kind in SHAPES}
+TASKS["many_task"] = partial(_task, "mlp", _SETS_OF_RECORDS)
+globals().update(TASKS)
 
 
-def tacit(kind: str, rounds: int, *, private: bool, engine: str) -> list[float]:
-    """Seconds of each round of a run."""
+def flower_fedavg() -> object:
+    """Flower's own FedAvg, which asks as many clients as the others."""
+    from flwr.serverapp.strategy import FedAvg
+
+    return FedAvg(
+        fraction_train=COHORT / clients_of("mlp"), fraction_evaluate=0.0, min_train_nodes=COHORT, min_available_nodes=1
+    )
+
+
+def tacit(
+    kind: str,
+    rounds: int,
+    *,
+    engine: str,
+    private: bool = False,
+    task: str | None = None,
+    clients: int | None = None,
+    cohort: int = COHORT,
+) -> list[float]:
+    """When each round of a run was reported, in seconds of `time.perf_counter`."""
     from tacit.edge.flower_app import train_in_process
     from tacit.edge.recipe import load_recipe
 
-    clients = CLIENTS if kind == "mlp" else COHORT
+    clients, own = clients or clients_of(kind), engine == "flwr-fedavg"
     settings = [
-        f"task.name=simulation:{kind.replace('-', '_')}_task",
+        f"task.name=simulation:{task or kind.replace('-', '_') + '_task'}",
         "federated.partition=natural",
         f"federated.owners={clients}",
         f"federated.rounds={rounds}",
         f"federated.local_steps={STEPS}",
         f"federated.batch_rate={RATE}",
         f"federated.learning_rate={LEARNING_RATE}",
-        "federated.strategy=fedavg",
+        f"federated.strategy={'simulation:flower_fedavg' if own else 'fedavg'}",
         "federated.schedule=constant",
-        f"federated.engine={engine}",
+        f"federated.engine={'vectorised' if own else engine}",
         "federated.checkpoint_s=1.0",
         "compression.variants=[]",
         f"privacy.sample_rate={RATE}",
-        *([f"federated.cohort={COHORT}"] if clients > COHORT else []),
+        *([f"federated.cohort={cohort}"] if clients > cohort and not own else []),
+        *(["federated.quorum=1"] if own else []),
         *(["privacy.noise_multiplier=1.0", "privacy.reference_size=50"] if private else ["privacy.unit=none"]),
     ]
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("digits", settings)
-        train_in_process(recipe, Path(folder), run="r", report=lambda row: ends.append(time.perf_counter()))
-    return [later - earlier for earlier, later in pairwise(ends)]
-
-
-def _loop(
-    kind: str, rounds: int, step: Callable[[nn.Module], Callable[[torch.Tensor, torch.Tensor], None]]
-) -> list[float]:
-    """A plain loop over clients: load, walk, add up."""
-    held = [records_of(kind, client) for client in range(COHORT)]
-    model, generator, spent = model_of(kind).train(), np.random.default_rng(0), []
-    take = step(model)
-    parameters = list(model.parameters())
-    start = [p.detach().clone() for p in parameters]
-    for _ in range(rounds):
-        began = time.perf_counter()
-        total = [torch.zeros_like(p) for p in parameters]
-        for records in held:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, start, strict=True):
-                    parameter.copy_(value)
-            for _ in range(STEPS):
-                chosen = np.flatnonzero(generator.random(RECORDS) < RATE)
-                take(torch.from_numpy(records.inputs[chosen]), torch.from_numpy(records.labels[chosen]))
-            for sums, parameter in zip(total, parameters, strict=True):
-                sums += parameter.detach()
-        start = [sums / COHORT for sums in total]
-        spent.append(time.perf_counter() - began)
-    return spent
-
-
-def plain(kind: str, rounds: int) -> list[float]:
-    """SGD without privacy."""
-
-    def step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-
-        def take(inputs: torch.Tensor, labels: torch.Tensor) -> None:
-            if len(inputs):
-                optimizer.zero_grad()
-                F.cross_entropy(model(inputs), labels).backward()
-                optimizer.step()
-
-        return take
-
-    return _loop(kind, rounds, step)
-
-
-def opacus(kind: str, rounds: int) -> list[float]:
-    """Opacus' hooks and optimizer, made once and used for every client."""
-    from opacus.grad_sample import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
-    def step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        hooked = GradSampleModule(model)
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-            expected_batch_size=int(RATE * RECORDS),
+        train_in_process(
+            recipe,
+            Path(folder),
+            run="r",
+            report=lambda row: ends.append(time.perf_counter()) if "round" in row else None,
         )
-
-        def take(inputs: torch.Tensor, labels: torch.Tensor) -> None:
-            if len(inputs):
-                optimizer.zero_grad()
-                F.cross_entropy(hooked(inputs), labels).backward()
-                optimizer.step()
-
-        return take
-
-    return _loop(kind, rounds, step)
+    return ends
 
 
-FLOWER = """
-import sys, time, json, numpy as np, torch
-sys.path.insert(0, {folder!r})
-import simulation
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-from flwr.serverapp.strategy import FedAvg
-from flwr.simulation import run_simulation
-kind, rounds, clients = {kind!r}, {rounds}, {clients}
-client, server, ends = ClientApp(), ServerApp(), []
-@client.train()
-def train(message, context):
-    torch.set_num_threads(1)
-    model = simulation.model_of(kind)
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    records = simulation.records_of(kind, int(context.node_config["partition-id"]))
-    optimizer, generator = torch.optim.SGD(model.parameters(), lr=0.1), np.random.default_rng()
-    for _ in range(simulation.STEPS):
-        chosen = np.flatnonzero(generator.random(simulation.RECORDS) < simulation.RATE)
-        if len(chosen):
-            optimizer.zero_grad()
-            inputs, labels = torch.from_numpy(records.inputs[chosen]), torch.from_numpy(records.labels[chosen])
-            torch.nn.functional.cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
-    arrays, metrics = ArrayRecord(model.state_dict()), MetricRecord({{"num-examples": 50}})
-    return Message(RecordDict({{"arrays": arrays, "metrics": metrics}}), reply_to=message)
-@server.main()
-def main(grid, context):
-    strategy = FedAvg(fraction_train=simulation.COHORT / clients, fraction_evaluate=0.0,
-                      min_train_nodes=simulation.COHORT, min_available_nodes=clients)
-    def seen(server_round, arrays):
+def _note(row: Mapping[str, object], ends: list[float]) -> None:
+    if "round" in row:
         ends.append(time.perf_counter())
-        return MetricRecord({{"round": server_round}})
-    strategy.start(grid, ArrayRecord(simulation.model_of(kind).state_dict()), num_rounds=rounds, evaluate_fn=seen)
-run_simulation(server, client, num_supernodes=clients, backend_config={{"client_resources": {{"num_cpus": 1}}}})
-print("ROUNDS", json.dumps([b - a for a, b in zip(ends, ends[1:])]))
-"""
 
 
-def flower(kind: str, rounds: int) -> list[float]:
-    """Flower's simulation, in a process of its own."""
-    code = FLOWER.format(
-        folder=str(Path(__file__).parent), kind=kind, rounds=rounds, clients=CLIENTS if kind == "mlp" else COHORT
-    )
-    environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=environment,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ROUNDS ")]
-    if not lines:
-        raise RuntimeError(f"expected Flower to end with its rounds, got: {done.stderr[-500:]}")
-    return [float(seconds) for seconds in json.loads(lines[-1].removeprefix("ROUNDS "))]
-
-
-PEERS: dict[str, Callable[[str, int], list[float]]] = {"plain": plain, "opacus": opacus, "flower": flower}
-# Case: model, private, peers that do the same work.
+# Case: model, private, engines, peers that do the same work.
 CASES = {
-    "mlp": ("mlp", False, ("plain", "flower")),
-    "cnn": ("cnn", False, ("plain", "flower")),
-    "mlp-dp": ("mlp", True, ("opacus",)),
-    "small-cnn-dp": ("small-cnn", True, ("opacus",)),
+    "mlp": ("mlp", False, ("vectorised", "flwr-fedavg"), ("plain", "flower", "pfl")),
+    "cnn": ("cnn", False, ("workers", "sequential"), ("plain", "flower", "pfl")),
+    "mlp-dp": ("mlp", True, ("vectorised", "sequential"), ("opacus",)),
+    "small-cnn-dp": ("small-cnn", True, ("vectorised", "workers", "sequential"), ("opacus",)),
 }
+OTHERS = ("first-round", *POPULATIONS)
 
 
 def main() -> None:
     """Times every case, prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--engines", nargs="+", default=["sequential", "vectorised"])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="six rounds, without Flower")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    rounds = 6 if options.quick else options.rounds
-    peers = [peer for peer in options.peers if not (options.quick and peer == "flower")]
-    cases = {name: _measure(name, rounds, peers, options.engines) for name in options.cases}
+    options = _options()
+    if options.inside:
+        print("FOUND", json.dumps(_inside(options.inside)))  # noqa: T201  # to the process that asked
+        return
+    rounds, repeats = (6, 1) if options.quick else (options.rounds, options.repeats)
+    wanted = [peer for peer in options.peers if not (options.quick and peer == "flower")]
+    for line in filter(None, map(missing, wanted)):
+        print(line, file=sys.stderr)  # noqa: T201  # says what is left out
+    present = [peer for peer in wanted if missing(peer) is None]
+    cases: dict[str, dict[str, object]] = {}
+    for name in options.cases:
+        if name in OTHERS:
+            cases[name] = _alone(name, 1 if options.quick else repeats)
+        else:
+            cases[name] = _measure(name, rounds, repeats, present, options.engines or CASES[name][2])
     _print(cases)
     if options.json:
         machine = {"processor": platform.processor(), "system": platform.platform(), "cores": os.cpu_count()}
@@ -284,15 +168,38 @@ def main() -> None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _measure(name: str, rounds: int, peers: list[str], engines: list[str]) -> dict[str, object]:
-    """The peers and Tacit's engines on the same work, one after another, twice."""
-    kind, private, fitting = CASES[name]
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=[*CASES, *OTHERS], choices=[*CASES, *OTHERS])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--engines", nargs="+", help="instead of those of each case")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="six rounds, without Flower and a million clients")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--inside", choices=OTHERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, _FOLDER)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if options.quick:
+        options.cases = [name for name in options.cases if name != "clients-1m"]
+    return options
+
+
+def _measure(
+    name: str, rounds: int, repeats: int, present: list[str], engines: tuple[str, ...] | list[str]
+) -> dict[str, object]:
+    """The peers and Tacit's engines on the same work, in turns."""
+    kind, private, _, fitting = CASES[name]
+    long = rounds if kind != "cnn" else max(4, rounds // 3)
     spent: dict[str, list[float]] = {}
-    for _ in range(2):
+    for _ in range(repeats):
         for engine in engines:
-            spent.setdefault(engine, []).extend(tacit(kind, rounds, private=private, engine=engine)[1:])
+            ends = tacit(kind, long, private=private, engine=engine)
+            spent.setdefault(engine, []).extend(later - earlier for earlier, later in pairwise(ends))
         for peer in fitting:
-            if peer in peers:
+            if peer in present:
                 spent.setdefault(peer, []).extend(PEERS[peer](kind, max(4, rounds // 3))[1:])
     medians = {which: 1e3 * statistics.median(seconds) for which, seconds in spent.items()}
     ours = min(medians[engine] for engine in engines)
@@ -306,13 +213,64 @@ def _measure(name: str, rounds: int, peers: list[str], engines: list[str]) -> di
     }
 
 
+def _alone(name: str, repeats: int) -> dict[str, object]:
+    """A case without peers, each time in a fresh process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--inside", name]
+    found: list[dict[str, float]] = []
+    for _ in range(repeats if name == "first-round" else 1):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+        if not lines:
+            raise RuntimeError(f"expected {name} to end with figures, got: {done.stderr[-500:]}")
+        found.append(json.loads(lines[-1].removeprefix("FOUND ")))
+    middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
+    unit = "ms" if name == "first-round" else "ms a round beyond the steps"
+    least = {"tacit": min(one["ms"] for one in found)}
+    return {"tacit": middle.pop("ms"), "peers": {}, "unit": unit, "ratio": {}, "fastest": least, **middle}
+
+
+def _inside(name: str) -> dict[str, float]:
+    began = time.perf_counter()  # torch is imported by now, Tacit is not
+    if name == "first-round":
+        return {"ms": 1e3 * (tacit("mlp", 1, engine="vectorised")[0] - began)}
+    from tacit.federated.cohort import CohortSteps
+
+    steps_s, take = [], CohortSteps.__call__
+
+    def timed(self: CohortSteps, walks: object) -> torch.Tensor:
+        started = time.perf_counter()
+        try:
+            return take(self, walks)
+        finally:
+            steps_s.append(time.perf_counter() - started)
+
+    CohortSteps.__call__ = timed
+    began = time.perf_counter()
+    ends = tacit("mlp", 30, engine="vectorised", task="many_task", clients=POPULATIONS[name], cohort=100)
+    rounds = [later - earlier for earlier, later in pairwise(ends)]
+    beyond = [whole - steps for whole, steps in zip(rounds, steps_s[1:], strict=True)]
+    return {
+        "ms": 1e3 * statistics.median(beyond),
+        "round_ms": 1e3 * statistics.median(rounds),
+        "first_round_s": ends[0] - began,
+        "resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
 def _print(cases: dict[str, dict[str, object]]) -> None:
+    measured = {name: case for name, case in cases.items() if "engines" in case}
     lines = ["| case | who | median ms a round | fastest | times Tacit's |", "|---|---|---|---|---|"]
-    for name, case in cases.items():
+    for name, case in measured.items():
         for which, fastest in case["fastest"].items():
             median = case["engines"].get(which) or case["peers"][which]
             lines.append(f"| {name} | {which} | {median:.4g} | {fastest:.4g} | {median / case['tacit']:.2f} |")
-    print("\n".join(lines))  # noqa: T201  # its purpose
+    for name, case in cases.items():
+        if name not in measured:
+            rest = {key: value for key, value in case.items() if isinstance(value, float) and key != "tacit"}
+            more = "".join(f", {key} {value:.4g}" for key, value in rest.items())
+            lines.append(f"{name}: {case['tacit']:.4g} {case['unit']}{more}")
+    print("\n".join(lines if measured else lines[2:]))  # noqa: T201  # its purpose
 
 
 if __name__ == "__main__":

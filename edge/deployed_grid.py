@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from tacit.federated.replies import array_bytes
 from tacit.federated.roster import Roster
 
 __all__ = ["DeployedGrid"]
 
+_PULLED_BYTES = 2**25
 _LOOK_S = 2.0  # between two looks at which nodes were started anew
 
 
@@ -81,7 +84,7 @@ class DeployedGrid(Grid):
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Sends, and waits until all have answered or the time is over.
+        """Sends, and gives answers as they come until all have answered or the time is over.
 
         A node that was started anew has lost what it was asked, so it is asked again: the owner's ledger knows the
         request, and answers with the same bytes or, where none had left, at the same charge.
@@ -89,18 +92,28 @@ class DeployedGrid(Grid):
         asked = list(messages)
         activated = self._activations()
         questions = dict(zip(self.push_messages(asked), asked, strict=True))  # id under which it was sent → question
+        # Answers are as large as their questions: of large ones few are pulled at a time.
+        at_once = max(1, _PULLED_BYTES // max([1, *map(array_bytes, asked[:1])]))
         deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
+        return self._answers(questions, activated, deadline, at_once)
+
+    def _answers(
+        self, questions: dict[str, Message], activated: dict[int, str], deadline: float | None, at_once: int
+    ) -> Iterator[Message]:
         looked = time.monotonic()
         while questions and (deadline is None or time.monotonic() < deadline):
-            for reply in self.pull_messages(list(questions)):
-                question = questions.get(reply.metadata.reply_to_message_id)
-                if question is None:
-                    continue
-                reply.metadata.__dict__["_reply_to_message_id"] = question.metadata.message_id
-                if reply.metadata.src_node_id == question.metadata.dst_node_id:
-                    replies.append(reply)  # else the SuperLink's own word that the node is gone: no answer
-                questions = {sent: other for sent, other in questions.items() if other is not question}
+            for some in _in_pieces(list(questions), at_once):
+                pulled = deque(self.pull_messages(some))
+                while pulled:
+                    reply = pulled.popleft()
+                    question = questions.get(reply.metadata.reply_to_message_id)
+                    if question is None:
+                        continue
+                    reply.metadata.__dict__["_reply_to_message_id"] = question.metadata.message_id
+                    questions = {sent: other for sent, other in questions.items() if other is not question}
+                    if reply.metadata.src_node_id == question.metadata.dst_node_id:
+                        yield reply  # else the SuperLink's own word that the node is gone: no answer
+                    del reply
             if questions and time.monotonic() - looked >= _LOOK_S:
                 looked, before, activated = time.monotonic(), activated, self._activations()
                 restarted = {node for node, since in activated.items() if before.get(node, since) != since}
@@ -108,7 +121,6 @@ class DeployedGrid(Grid):
                 questions |= self._ask_again(questions, restarted)
             if questions:
                 time.sleep(self._poll_s)
-        return replies
 
     def _activations(self) -> dict[int, str]:
         """When each node was started."""
@@ -134,3 +146,7 @@ class DeployedGrid(Grid):
         for other in [known for known, owner in roster.indices.items() if owner == index and known != node]:
             del roster.indices[other]
         roster.learn(node, index)
+
+
+def _in_pieces(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (names[start : start + size] for start in range(0, len(names), size))

@@ -13,7 +13,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from tacit.edge.composition import Composition, build_model, compose
-from tacit.edge.planning import Role
+from tacit.edge.planning import Role, refuse_pool
 from tacit.edge.recipe import Recipe, load_recipe
 from tacit.edge.strategies import doors_of, failing, strategy_of, together
 from tacit.federated.accounting import reported_epsilon
@@ -63,7 +63,7 @@ def train_in_process(
         What was trained on.
     """
     quiet_flower()
-    composition = compose(recipe, folder, role=role, unsafe_seed=unsafe_seed)
+    composition = _whole(compose(recipe, folder, role=role, unsafe_seed=unsafe_seed))
     ledger, gate = None, None
     if composition.mechanism.private:
         ledger = composition.open_book(folder, run)
@@ -78,7 +78,7 @@ def train_in_process(
         target = folder / "train" if role == "private" else folder / "train" / "twin"
         indices = {owner.index + 2: owner.index for owner in composition.owners}
         plan = server_plan(composition, target, run=run, report=report, ledger=ledger, indices=indices)
-        with together(composition, find, gate) as joint:
+        with together(composition, find, gate, lambda line: report({"note": line})) as joint:
             grid = InProcessGrid(make_client_app(find if joint is None else joint.find), contexts, gate, joint)
             faulty = failing(composition, grid, indices)
             whole = replace(plan, clock_s=_clock(plan, faulty), beside=faulty)
@@ -173,7 +173,13 @@ def _context(index: int, owners: int) -> Context:
 
 @lru_cache(maxsize=1)
 def _composed(recipe_source: str, out: str, deployed: bool, own_data: Path | None = None) -> Composition:
-    return compose(load_recipe(recipe_source), Path(out), deployed=deployed, own_data=own_data)
+    return _whole(compose(load_recipe(recipe_source), Path(out), deployed=deployed, own_data=own_data))
+
+
+def _whole(composition: Composition) -> Composition:
+    """Refused where shares of private records would depend on each other."""
+    refuse_pool(composition.recipe, composition.data)
+    return composition
 
 
 def _from_run_config(context: Context, *, deployed: bool) -> Composition:

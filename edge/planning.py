@@ -34,6 +34,7 @@ __all__ = [
     "find_shares",
     "mechanism_of",
     "planned",
+    "refuse_pool",
     "task_of",
 ]
 
@@ -217,7 +218,7 @@ def check_plan(recipe: Recipe) -> Mechanism:
     task = task_of(recipe)
     data = task.load()
     _check_scoring(task, data)
-    _refuse_pool(recipe, data)
+    refuse_pool(recipe, data)
     find_shares(recipe, data)
     plan = planned(recipe, data)
     mechanism = plan.mechanism
@@ -350,7 +351,7 @@ def find_shares(recipe: Recipe, data: Data) -> Shares:
     return Shares(names=names, read=lambda index: pool.take(shares[index]), size=lambda index: len(shares[index]))
 
 
-def _refuse_pool(recipe: Recipe, data: Data) -> None:
+def refuse_pool(recipe: Recipe, data: Data) -> None:
     """Private records in one pool, to be dealt out: who gets which depends on all of them.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tacit.edge.recipe_errors import RecipeRefused
 from tacit.edge.recipe_tables import FederatedTable, PrivacyTable, Recipe
+from tacit.federated.accelerator import best_accelerator
 from tacit.federated.compatibility import refusal
 
 __all__ = ["resolve"]
@@ -64,7 +65,9 @@ def _resolve_federated(recipe: Recipe) -> FederatedTable:
             )
         optimizer = federated.server_optimizer
     owners = federated.owners
-    filled: dict[str, Any] = {"engine": _engine(recipe), "server_optimizer": optimizer}
+    engine = _engine(recipe)
+    filled: dict[str, Any] = {"engine": engine, "server_optimizer": optimizer}
+    filled["accelerator"] = _accelerator(federated.accelerator, engine)
     # Steps that adapt are in units of weights, the others in units of updates.
     filled["server_learning_rate"] = federated.server_learning_rate or (0.01 if optimizer in _ADAPTIVE else 1.0)
     if federated.strategy == "fedbuff":
@@ -82,6 +85,11 @@ def _resolve_federated(recipe: Recipe) -> FederatedTable:
 
 # Families whose layers are small products: many owners' at once are worth one by one's trouble.
 _STACKED = ("mlp", "autoencoder", "gru", "lstm", "transformer")
+# Families whose steps are long, and no faster for many owners at once: they go to all cores.
+_LONG = ("cnn", "ds-cnn", "resnet-8", "mobilenet", "vit-tiny")
+# Steps of all owners in a round from which on that pays on idle cores: to fork takes a run a tenth or two of a second,
+# and a step of the smallest of these families takes a few milliseconds (measured; `benchmarks/simulation.py`).
+_WORTH_FORKING = 50
 
 
 def _engine(recipe: Recipe) -> str:
@@ -89,7 +97,35 @@ def _engine(recipe: Recipe) -> str:
     if recipe.federated.engine != "auto":
         return recipe.federated.engine
     plain = recipe.model.norm != "batch" and recipe.privacy.noise != "hardened" and not recipe.task.augment
-    return "vectorised" if plain and recipe.model.family in _STACKED else "sequential"
+    if plain and (recipe.model.family in _STACKED or recipe.federated.accelerator in ("cuda", "mps")):
+        return "vectorised"
+    return "workers" if _worth_forking(recipe) else "sequential"
+
+
+def _accelerator(asked: str, engine: str) -> str:
+    """Which device computes gradients: of all owners at once, what this machine has; the processor for one owner's.
+
+    Raises:
+        RecipeRefused: an engine that has no use for the one that was asked for.
+    """
+    if asked == "auto":
+        return best_accelerator() if engine == "vectorised" else "cpu"
+    if asked != "cpu" and engine != "vectorised":
+        raise RecipeRefused(
+            f"expected federated.accelerator='cpu' with engine={engine!r}, got {asked!r}; only 'vectorised' takes "
+            "another, and it does not take every recipe"
+        )
+    return asked
+
+
+def _worth_forking(recipe: Recipe) -> bool:
+    """Whether processes of their own are faster; not by the number of cores: a recipe is the same everywhere."""
+    federated = recipe.federated
+    steps = (federated.cohort or federated.owners) * federated.local_steps
+    whole = federated.personal == "none" and federated.codec == "none"
+    whole = whole and federated.strategy not in ("q-ffl", "fedbuff")  # the second asks one owner at a time
+    long = recipe.model.family in _LONG and steps >= _WORTH_FORKING
+    return long and whole and recipe.privacy.unit == "none"
 
 
 def _refuse_strategies(recipe: Recipe) -> None:

@@ -138,6 +138,7 @@ class FederatedTable(_Table):
     server_tau: Positive = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
     engine: Literal["auto", "sequential", "vectorised", "workers"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     checkpoint_s: NotNegative = 0.0
     quorum: Count | None = None
     wait_s: NotNegative = 60.0
@@ -173,6 +174,7 @@ class VariantTable(_Table):
     name: Name
     format: Literal["onnx", "tflite"]
     label: str | None = None
+    whole: bool = False
     passes: list[PassTable] = []
 
 

@@ -10,26 +10,28 @@ from flwr.serverapp import Grid
 
 from tacit.edge.composition import Composition, build_model
 from tacit.edge.recipe import Recipe, RecipeRefused
+from tacit.federated.accelerator import best_accelerator, check_accelerator
 from tacit.federated.admission import FrontDoor, schema
-from tacit.federated.averaging import Combine, FederatedAveraging, by_rule, fairly, weighted
+from tacit.federated.averaging import FederatedAveraging
 from tacit.federated.buffered import BufferedAveraging
 from tacit.federated.client_app import CohortGate, Owner
 from tacit.federated.clipping import AdaptiveClip, Arrays
 from tacit.federated.cohort import CohortSteps, cohort_refusal
 from tacit.federated.cohorts import PoissonCohorts
+from tacit.federated.doors import Doors
 from tacit.federated.evaluation import Evaluations
 from tacit.federated.failures import Failures, choose, over_select
 from tacit.federated.faulty_grid import FaultyGrid
+from tacit.federated.folding import Combine, by_rule, fairly, weighted
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.plugged import find_strategy
 from tacit.federated.roster import Roster
-from tacit.federated.rounds import Doors
 from tacit.federated.scaffold import ControlVariates
 from tacit.federated.server_app import Resumable
 from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.together import AtOnce, Together
 from tacit.federated.turns import Book
-from tacit.federated.workers import Apart, Workers
+from tacit.federated.workers import Apart, Workers, cores
 
 __all__ = ["doors_of", "failing", "failures_of", "strategy_of", "together"]
 
@@ -191,28 +193,51 @@ def failing(composition: Composition, grid: Grid, indices: Mapping[int, int]) ->
 
 @contextmanager
 def together(
-    composition: Composition, find: Callable[[Context], Owner], gate: CohortGate | None
+    composition: Composition,
+    find: Callable[[Context], Owner],
+    gate: CohortGate | None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Together | None]:
     """What takes owners' steps for them, where the recipe's engine does; None where they go one by one.
 
+    Args:
+        composition: of the recipe.
+        find: the owner of a context.
+        gate: what was charged; None where nothing is.
+        tell: told what the run's log should know.
+
     Raises:
         RecipeRefused: the engine has no way for owners of this recipe.
+        AcceleratorAbsent: this machine has not the device that the recipe names.
     """
-    recipe, federated = composition.recipe, composition.recipe.federated
+    federated = composition.recipe.federated
     why = _engine_refusal(composition)
     if why is not None:
         raise RecipeRefused(f"expected federated.engine='sequential', got {federated.engine!r}, which has no {why}")
     if federated.engine == "vectorised":
-        steps = CohortSteps(composition.task, build_model(recipe), composition.rule, batch_rate=federated.batch_rate)
+        steps = _cohort_steps(composition)
         yield Together(AtOnce(steps), find, gate)
-    elif federated.engine == "workers":
-        workers = Workers(composition.watched_owners())
+    elif federated.engine == "workers" and cores() > 1:  # on one core alone there is nothing to gain, at the same bytes
+        workers = Workers(composition.watched_owners(), tell=tell)
         try:
             yield Together(Apart(workers), find, gate)
         finally:
             workers.close()
     else:
         yield None
+
+
+def _cohort_steps(composition: Composition) -> CohortSteps:
+    """Of all owners at once, where the recipe says.
+
+    Raises:
+        AcceleratorAbsent: this machine has no such device.
+    """
+    recipe, federated = composition.recipe, composition.recipe.federated
+    device = best_accelerator() if federated.accelerator == "auto" else federated.accelerator
+    check_accelerator(device)
+    model, rate = build_model(recipe), federated.batch_rate
+    return CohortSteps(composition.task, model, composition.rule, batch_rate=rate, device=device)
 
 
 def _engine_refusal(composition: Composition) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,8 @@ __all__ = [
     "Roster",
     "Sent",
     "admit",
+    "admitted",
+    "checked_view",
     "is_bit",
     "is_loss",
     "is_number",
@@ -270,7 +272,14 @@ def admit(replies: Iterable[Message], sent: Sent, roster: Roster | None, door: F
     >>> admit([reply, reply], sent, Roster(), FrontDoor.of_evaluation(owners=2)).aside
     {7: 'expected the metrics num-examples, owner, right, wrong and no other'}
     """
-    admitted, aside = [], dict[int, str]()
+    aside: dict[int, str] = {}
+    return Admitted(replies=list(admitted(replies, sent, roster, door, aside)), aside=aside)
+
+
+def admitted(
+    replies: Iterable[Message], sent: Sent, roster: Roster | None, door: FrontDoor, aside: dict[int, str]
+) -> Iterator[Message]:
+    """As `admit`, one by one as they come; `aside` grows on the way."""
     for reply in replies:
         complaint = door.judge(reply, sent)
         sent.take(reply)
@@ -281,10 +290,10 @@ def admit(replies: Iterable[Message], sent: Sent, roster: Roster | None, door: F
             if complaint is None:
                 roster.learn(node, owner)
         if complaint is None:
-            admitted.append(reply)
+            yield reply
         else:
             aside.setdefault(node if isinstance(node, int) else 0, complaint)
-    return Admitted(replies=admitted, aside=aside)
+        del reply  # before the next one is made
 
 
 def refusal_reason(reply: Message) -> str:
@@ -309,6 +318,14 @@ def _owner(reply: Message) -> int:
     metrics = reply.content["metrics"]
     owner = metrics["owner"] if isinstance(metrics, MetricRecord) else None
     return owner if isinstance(owner, int) else -1
+
+
+def checked_view(array: Array, dtype: str, shape: Shape) -> Values | None:
+    """An array's values, read-only and not copied; None unless its bytes are what NumPy writes of dtype and shape."""
+    if np.dtype(dtype).kind not in "biuf":
+        return None
+    start = _payload_start(array, dtype, shape)
+    return None if start is None else _values(array.data, dtype, shape, start)
 
 
 def _payload_start(array: Array, dtype: str, shape: Shape) -> int | None:

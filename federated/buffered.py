@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from tacit.federated.averaging import decoded, from_record, owner_index, part, to_record
+from tacit.federated.averaging import decoded, from_record, part, to_record, views_of
 from tacit.federated.checkpoint import State
 from tacit.federated.clipping import Arrays
 from tacit.federated.evaluation import Evaluations
 from tacit.federated.noise import public_generator
+from tacit.federated.replies import arrays_in
 from tacit.federated.server_optimizer import ServerOptimizer
 from tacit.federated.update_codec import Codec
 
@@ -56,6 +58,7 @@ class BufferedAveraging(Strategy):
         evaluations: when to ask the owners how often the model is right; never when None.
         clock_s: virtual seconds that have passed.
         last_round_s: virtual seconds that the last round took.
+        folds: replies may be a stream that is read once.
     """
 
     rounds: int
@@ -68,6 +71,7 @@ class BufferedAveraging(Strategy):
     evaluations: Evaluations | None = None
     clock_s: float = 0.0
     last_round_s: float = 0.0
+    folds: ClassVar[bool] = True
     optimizer_state: Arrays = field(default_factory=dict)
     _flights: list[Flight] = field(default_factory=list)
     _models: dict[int, Arrays] = field(default_factory=dict)
@@ -113,24 +117,27 @@ class BufferedAveraging(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """One step with what came back; nothing when nothing did."""
-        good = sorted((r for r in replies if r.has_content()), key=lambda reply: owner_index(reply.content))
-        weights = self._models[server_round - 1]
+        weights, count = self._models[server_round - 1], 0
         total = {name: np.zeros(array.shape) for name, array in weights.items()}
-        for reply in good:
+        for reply in replies:
+            if not reply.has_content():
+                continue
             version = self._asked[reply.metadata.src_node_id]
             before = self._models[version]
-            after = decoded(from_record(reply.content.array_records["arrays"]), before, self.codec)
+            after = decoded(views_of(arrays_in(reply.content)), before, self.codec)
             share = (server_round - version) ** -0.5  # one round old is as fresh as can be
             for name in total:
                 total[name] += share * (after[name].astype(np.float64) - before[name])
+            count += 1
+            del reply, after
         self._forget()
-        if not good:
+        if not count:
             return None, None
-        averaged = {n: np.asarray(weights[n] + total[n] / len(good), dtype=np.float32) for n in weights}
+        averaged = {n: np.asarray(weights[n] + total[n] / count, dtype=np.float32) for n in weights}
         moved, self.optimizer_state = self.optimizer.step(
             weights, averaged, self.optimizer_state, server_round=server_round, rounds=self.rounds
         )
-        return to_record(moved), MetricRecord({"clients": len(good)})
+        return to_record(moved), MetricRecord({"clients": count})
 
     def _forget(self) -> None:
         """Drops the models that nobody is working on."""

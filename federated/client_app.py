@@ -18,6 +18,7 @@ from tacit.federated.evaluation import Evaluator, reply_metrics
 from tacit.federated.mechanism import Mechanism
 from tacit.federated.owner import Gate, Owner, note_error, under_charge
 from tacit.federated.personal import Asked
+from tacit.federated.replies import arrays_in
 from tacit.federated.train import Arrays
 from tacit.federated.turns import Book, Granted, Refused, Reservation, Turn
 
@@ -161,7 +162,7 @@ def _clipped_update(message: Message, owner: Owner) -> Message:
 
 
 def _reply(message: Message, owner: Owner, sent: Arrays, extra: Mapping[str, float]) -> Message:
-    codec, asked = owner.kept.codec, message.content.array_records["arrays"]
+    codec, asked = owner.kept.codec, arrays_in(message.content)
     ordered = {name: sent[name] for name in (asked if codec is None else codec.wire_like(_arrays(message)))}
     return reply_of(message, owner.index, ordered, extra)
 
@@ -183,12 +184,12 @@ def _refusal(message: Message, reason: str) -> Message:
 
 
 def _arrays(message: Message) -> Arrays:
-    return from_record(message.content.array_records["arrays"])
+    return from_record(arrays_in(message.content))
 
 
 def asked_of(message: Message, clip_norm: float | None = None, arrays: Arrays | None = None) -> Asked:
     """What a training message asks of an owner; its arrays need not be decoded again where somebody has them."""
-    correction = message.content.array_records.get(CORRECTION)
+    correction = arrays_in(message.content, CORRECTION) if CORRECTION in message.content else None
     return Asked(
         arrays=_arrays(message) if arrays is None else arrays,
         server_round=_round(message),
@@ -218,7 +219,7 @@ def _body_digest(message: Message) -> str:
     """SHA-256 of what was received; training and evaluation of the same arrays are different questions."""
     config: ConfigRecord = message.content.config_records["config"]
     digest = hashlib.sha256(b"evaluate\n" if _is_evaluation(message) else b"")
-    records: Mapping[str, ArrayRecord] = message.content.array_records
+    records = {name: record for name, record in message.content.items() if isinstance(record, ArrayRecord)}
     for record in sorted(records):
         for name, array in records[record].items():
             digest.update(f"{record} {name} {array.dtype} {tuple(array.shape)} {len(array.data)}\n".encode())
@@ -274,11 +275,18 @@ class OwnerGate:
 class CohortGate:
     """Many simulated owners in one process: a cohort is reserved with one write and released with another.
 
-    A `Transaction` of the grid and the `Gate` of its clients. Nothing leaves the process before `commit`.
+    A `Transaction` of the grid and the `Gate` of its clients. Nothing leaves the process before `commit`; payloads that
+    are too large to wait for the others are released with a write of their own.
+
+    Attributes:
+        ledger: of the owners.
+        find_owner: that of a context.
+        much_bytes: of payloads that wait.
     """
 
     ledger: Book
     find_owner: Callable[[Context], Owner]
+    much_bytes: int = 2**24
     _requests: dict[str, Reservation] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
     _payloads: dict[str, bytes] = field(default_factory=dict)
@@ -327,10 +335,22 @@ class CohortGate:
         """Everything that may leave is on disk when this returns; what was granted and not used is a failure."""
         reach("cohort.before_commit")
         unused = [key for key, turn in self._turns.items() if isinstance(turn, Granted)]
-        self.ledger.fail([*self._failed, *unused])
-        self.ledger.release(self._round, self._payloads)
+        self._failed += unused
         self._turns = {}
+        self._settle()
         reach("cohort.after_commit")
+
+    def commit_if_much(self) -> bool:
+        """Releases what waits if it is much; whether it did."""
+        if sum(map(len, self._payloads.values())) < self.much_bytes:
+            return False
+        self._settle()
+        return True
+
+    def _settle(self) -> None:
+        self.ledger.fail(self._failed)
+        self.ledger.release(self._round, self._payloads)
+        self._payloads, self._failed = {}, []
 
 
 def describe_channels(unit: str, *, evaluated: bool = False) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
-"""Many owners' local steps at once, on one thread: the same sampler, clip and noise as one by one, in fewer products.
+"""Many owners' local steps at once: the same sampler, clip and noise as one by one, in fewer products.
 
-Owners' batches are of different sizes, as Poisson batches are: they are padded to the longest of a step, and what pads
+Owners' batches are of different sizes, as Poisson batches are: they are filled up to those they go with, and what fills
 has the factor 0. Each owner's draws come from its own generator in the order in which it would draw them alone, so with
 public randomness the result is that of the sequential engine up to float32 rounding.
 """
@@ -16,17 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tacit.federated.accelerator import Accelerator
 from tacit.federated.clipping import Arrays
+from tacit.federated.cohort_passes import CohortPasses, CohortRecords
 from tacit.federated.local_steps import LocalRule, LocalSteps
 from tacit.federated.mechanism import Mechanism
 from tacit.federated.noise import Randomness
-from tacit.federated.stacked_model import StackedModel, unstackable_layers
+from tacit.federated.stacked_layers import unstackable_layers
 from tacit.federated.task import Records, Task
 
 __all__ = ["CohortSteps", "Taken", "Walk", "cohort_refusal", "unfolded"]
 
-# What one pass through the model should hold: about what a processor's cache does.
-_PASS_BYTES = 2**24
+# Coordinates that are noised at once: noise and its sum should stay in the processor's cache.
+_NOISE_BLOCK = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,15 @@ def cohort_refusal(model: torch.nn.Module, mechanism: Mechanism, *, augmented: b
 class CohortSteps:
     """Takes the local steps of many owners at once."""
 
-    def __init__(self, task: Task, model: torch.nn.Module, rule: LocalRule, *, batch_rate: float) -> None:
+    def __init__(
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        rule: LocalRule,
+        *,
+        batch_rate: float,
+        device: Accelerator = "cpu",
+    ) -> None:
         """Prepares a model for which `cohort_refusal` is None; its weights are not used.
 
         Args:
@@ -121,11 +131,12 @@ class CohortSteps:
             model: of the owners.
             rule: what is done with a gradient.
             batch_rate: as in `LocalTrainer`.
+            device: where gradients are computed; draws are the processor's, the same whatever it is.
         """
         self._task, self._rule, self._batch_rate = task, rule, batch_rate
-        self._stacked = StackedModel(model, task.loss)
+        self._device = torch.device(device)
+        self._passes = CohortPasses(task, model, device=device)
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._record_bytes = max(1, self._stacked.record_bytes(torch.zeros(1, *task.interface.shape)))
 
     def __call__(self, walks: Sequence[Walk]) -> torch.Tensor:
         """Where each owner's model is after its steps, (owners, parameters).
@@ -133,17 +144,16 @@ class CohortSteps:
         Args:
             walks: one for each owner, of mechanisms that differ in rate and noise at most.
         """
-        rows = self._rows([walk.arrays for walk in walks])
         corrections = None
         if any(walk.correction is not None for walk in walks):
             corrections = [self._rows([walk.correction or {} for walk in walks])]
-        moved = torch.nn.Parameter(rows.clone())
+        moved = torch.nn.Parameter(self._rows([walk.arrays for walk in walks]))
         steps = LocalSteps(self._rule, [moved], correction=corrections)
-        cohort = _Padded.of(walks, self._task)
+        records = CohortRecords.of([walk.records for walk in walks], self._task)
         for _ in range(walks[0].mechanism.steps_per_round):
             coins = [self._draw(walk) for walk in walks]
-            steps.take([self._gradients(moved.detach(), walks, cohort, coins)])
-        return moved.detach()
+            steps.take([self._gradients(moved.detach(), walks, records, coins)])
+        return moved.detach().cpu()
 
     def arrays(self, row: npt.NDArray[np.float32]) -> Arrays:
         """One owner's row as arrays by name."""
@@ -156,7 +166,7 @@ class CohortSteps:
             if id(arrays) not in made:
                 zero = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items() if name not in arrays}
                 made[id(arrays)] = np.concatenate([{**zero, **arrays}[name].ravel() for name in self._shapes])
-        return torch.from_numpy(np.stack([made[id(arrays)] for arrays in many]))
+        return torch.from_numpy(np.stack([made[id(arrays)] for arrays in many])).to(self._device)
 
     def _draw(self, walk: Walk) -> npt.NDArray[np.int64]:
         size = len(walk.records)
@@ -165,25 +175,11 @@ class CohortSteps:
         return walk.mechanism.draw_batch(size, walk.randomness)
 
     def _gradients(
-        self, rows: torch.Tensor, walks: Sequence[Walk], cohort: _Padded, coins: Sequence[npt.NDArray[np.int64]]
+        self, rows: torch.Tensor, walks: Sequence[Walk], records: CohortRecords, coins: Sequence[npt.NDArray[np.int64]]
     ) -> torch.Tensor:
-        longest = max(1, *(len(chosen) for chosen in coins))
-        at_once = max(1, _PASS_BYTES // (self._record_bytes * longest))
-        parts = []
-        for start in range(0, len(walks), at_once):
-            some = slice(start, start + at_once)
-            parts.append(self._summed(rows[some], walks[some], cohort.batch(start, coins[some])))
-        total = torch.cat(parts)
-        return _noised(total, walks) if walks[0].mechanism.per_record else total
-
-    def _summed(
-        self, rows: torch.Tensor, walks: Sequence[Walk], batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        inputs, targets, there = batch
-        if walks[0].mechanism.per_record:
-            return self._stacked.clipped_sum(rows, inputs, targets, there, walks[0].mechanism.max_grad_norm)
-        shares = there / there.sum(1, keepdim=True).clamp(min=1)
-        return self._stacked.weighted_sum(rows, inputs, targets, shares)
+        mechanism = walks[0].mechanism
+        total = self._passes(rows, records, coins, mechanism.max_grad_norm if mechanism.per_record else None)
+        return _noised(total.cpu(), walks).to(self._device) if mechanism.per_record else total
 
 
 def _noised(total: torch.Tensor, walks: Sequence[Walk]) -> torch.Tensor:
@@ -191,51 +187,7 @@ def _noised(total: torch.Tensor, walks: Sequence[Walk]) -> torch.Tensor:
     first = walks[0]
     alike = all(w.randomness is first.randomness and w.mechanism == first.mechanism for w in walks)
     if alike:
-        flat = first.mechanism.noised([total.flatten()], first.randomness)[0]
-        return flat.view_as(total)
+        # The noise of each coordinate is independent of the others', so that blocks are noised as the whole would be.
+        blocks = first.mechanism.noised(list(torch.split(total.flatten(), _NOISE_BLOCK)), first.randomness)
+        return torch.cat(blocks).view_as(total)
     return torch.stack([w.mechanism.noised([row], w.randomness)[0] for w, row in zip(walks, total, strict=True)])
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """All owners' records, each owner's filled up with zeros to the longest."""
-
-    inputs: npt.NDArray[np.float32]  # (owners, records, *shape)
-    targets: npt.NDArray[np.generic]  # (owners, records, ...)
-    known: npt.NDArray[np.bool_]  # (owners, records): has a class that there is
-
-    @classmethod
-    def of(cls, walks: Sequence[Walk], task: Task) -> _Padded:
-        everybody = [walk.records for walk in walks]
-        most = max(1, *(len(records) for records in everybody))
-        pairs = [(records.inputs, task.targets(records)) for records in everybody]
-        inputs = np.zeros((len(walks), most, *pairs[0][0].shape[1:]), np.float32)
-        targets = np.zeros((len(walks), most, *pairs[0][1].shape[1:]), pairs[0][1].dtype)
-        known = np.zeros((len(walks), most), bool)
-        for place, (given, wanted) in enumerate(pairs):
-            inputs[place, : len(given)], targets[place, : len(given)] = given, wanted
-            known[place, : len(given)] = True
-        if task.kind == "classification":
-            wrong = (targets < 0) | (targets >= len(task.interface.labels))
-            known &= ~wrong
-            targets[wrong] = 0
-        return cls(inputs, targets, known)
-
-    def batch(
-        self, start: int, coins: Sequence[npt.NDArray[np.int64]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs, targets and who is there, of the owners from `start` on: (owners, records, ...) each."""
-        longest = max(1, *(len(chosen) for chosen in coins))
-        places = np.zeros((len(coins), longest), np.int64)
-        there = np.zeros((len(coins), longest), bool)
-        for row, chosen in enumerate(coins):
-            places[row, : len(chosen)] = chosen
-            there[row, : len(chosen)] = True
-        owners = np.arange(start, start + len(coins))[:, None]
-        there &= self.known[owners, places]
-        inputs, targets = self.inputs[owners, places], self.targets[owners, places]
-        # What pads is somebody's first record: zeros are finite whatever that one is.
-        inputs[~there] = 0.0
-        if targets.dtype.kind == "f":
-            targets[~there] = 0.0
-        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(there)

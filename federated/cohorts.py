@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -14,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from safetensors.numpy import load, save
 
 from tacit.devices.failpoint import reach
-from tacit.federated.averaging import decoded, from_record, part, to_record
+from tacit.federated.averaging import decoded, from_record, part, to_record, views_of
 from tacit.federated.clipping import AdaptiveClip, Arrays
 from tacit.federated.evaluation import Evaluations, ask
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
@@ -29,6 +30,10 @@ __all__ = ["SERVER", "PoissonCohorts", "ServerCharge"]
 SERVER = "server"
 _CLIP = "clip_norm"
 _EVALUATION = 1_000_000  # keeps the public coins of evaluations apart from those of training, where nothing is secret
+
+
+class RepliesLost(RuntimeError):
+    """What was to be summed did not come, so nothing leaves; asked again, the noise is fresh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,8 @@ class ServerCharge:
     def release(self, round_number: int, compute: Callable[[], Arrays]) -> Arrays | None:
         """What may be seen: computed once, on disk before it is returned; None where nothing may.
 
-        A computation that raises is a failure: it stays charged, and the same request is not answered again.
+        A computation that raises is a failure: it stays charged, and the same request is not answered again. One whose
+        replies were lost on the way was none.
         """
         if isinstance(self.turn, Replay):
             return load(self.turn.payload)
@@ -77,6 +83,8 @@ class ServerCharge:
             return None
         try:
             release = compute()
+        except RepliesLost:
+            raise
         except Exception:
             if self.ledger is not None:
                 self.ledger.fail([self.turn.key])
@@ -108,6 +116,7 @@ class PoissonCohorts(Strategy):
         optimizer_state: part of a checkpoint.
         codec: what answers are sent as, decoded before they are clipped; None for whole models.
         evaluations: when to ask a second cohort how often the model is right; never when None.
+        folds: replies may be a stream that is read once.
     """
 
     mechanism: Mechanism
@@ -121,6 +130,7 @@ class PoissonCohorts(Strategy):
     optimizer_state: Arrays = field(default_factory=dict)
     codec: Codec | None = None
     evaluations: Evaluations | None = None
+    folds: ClassVar[bool] = True
     _weights: Arrays = field(default_factory=dict)
     _charge: ServerCharge = ServerCharge(ledger=None, turn=Refused("unavailable"))
 
@@ -159,8 +169,7 @@ class PoissonCohorts(Strategy):
 
         Nothing for a round that was interrupted so often that its charge cannot be used again: the model stays.
         """
-        contents = [reply.content for reply in replies if reply.has_content()]
-        release = self._charge.release(server_round, lambda: self._noised(server_round, contents))
+        release = self._charge.release(server_round, lambda: self._noised(server_round, replies))
         if release is None:
             return None, None
         if self.clip is not None:
@@ -235,28 +244,53 @@ class PoissonCohorts(Strategy):
             body=digest.hexdigest(),
         )
 
-    def _noised(self, server_round: int, contents: Sequence[RecordDict]) -> Arrays:
+    def _noised(self, server_round: int, replies: Iterable[Message]) -> Arrays:
         """One Gaussian event: the sum of updates and, where the clip is learned, the sum of bits."""
-        answers = [(content, self._contribution(content)) for content in contents]
-        usable = [update for _, update in answers if update is not None]
         randomness, multiplier = self.randomness(-server_round), self.mechanism.noise_multiplier
-        release: Arrays = {}
+        bits: list[bool] = []
+        on_bits = 0.0
         if self.clip is not None:
-            unclipped = sum(_unclipped(content) for content, update in answers if update is not None)
-            noise = self.mechanism.noise_on_count(self.clip.bit_noise, randomness)
-            release[_CLIP] = np.array(self.clip.step(unclipped, len(usable), noise).clip_norm, np.float32)
+            on_bits = self.mechanism.noise_on_count(self.clip.bit_noise, randomness)
             multiplier = self.clip.update_noise_multiplier(multiplier)
-        return release | self.mechanism.noisy_average(
-            usable, self._weights, randomness, clip_norm=self._clip_norm, noise_multiplier=multiplier
+        release = self.mechanism.noisy_average(
+            self._updates(replies, bits),
+            self._weights,
+            randomness,
+            clip_norm=self._clip_norm,
+            noise_multiplier=multiplier,
         )
+        if self.clip is None:
+            return release
+        return {_CLIP: np.array(self.clip.step(sum(bits), len(bits), on_bits).clip_norm, np.float32), **release}
+
+    def _updates(self, replies: Iterable[Message], bits: list[bool]) -> Iterator[Arrays]:
+        """Usable updates as they come, whose clients' bits are taken down.
+
+        Raises:
+            RepliesLost: the grid broke; nothing leaves, and the charge may be used again.
+        """
+        stream = iter(replies)
+        while True:
+            try:
+                reply = next(stream, None)
+            except Exception as error:
+                raise RepliesLost(str(error)) from error
+            if reply is None:
+                return
+            update = self._contribution(reply.content) if reply.has_content() else None
+            if update is not None:
+                bits.append(_unclipped(reply.content))
+                del reply
+                yield update
+            del update
 
     def _contribution(self, content: RecordDict) -> Arrays | None:
         """A client's update, or None when it breaks a rule that looks at this reply alone."""
-        record = content.array_records.get("arrays")
-        if record is None:
+        record = content.get("arrays")
+        if not isinstance(record, ArrayRecord):
             return None
         try:
-            arrays = decoded(from_record(record), self._weights, self.codec)
+            arrays = decoded(views_of(record), self._weights, self.codec)
         except (ValueError, TypeError, EOFError):
             return None
         if list(arrays) != list(self._weights):
@@ -272,5 +306,5 @@ def _kind(array: np.ndarray) -> tuple[object, ...]:
 
 def _unclipped(content: RecordDict) -> bool:
     """The client's own bit, taken before it clipped; anything but 1 is 0, so that nobody counts for more than one."""
-    metrics = content.metric_records.get("metrics")
-    return metrics is not None and metrics.get("unclipped") == 1
+    metrics = content.get("metrics")
+    return isinstance(metrics, MetricRecord) and metrics.get("unclipped") == 1

@@ -18,6 +18,7 @@ from tacit.federated.checkpoint import State
 from tacit.federated.clipping import Arrays
 from tacit.federated.failures import Corruption, Failures
 from tacit.federated.noise import public_seed
+from tacit.federated.replies import arrays_in, metrics_in
 from tacit.federated.update_codec import Codec
 
 __all__ = ["DROPPED", "LATE", "FaultyGrid", "corrupt"]
@@ -205,11 +206,11 @@ class FaultyGrid(Grid):
         return Message(self._spoilt(reply.content, question, owner, server_round), reply_to=question)
 
     def _spoilt(self, content: RecordDict, question: Message, owner: int, server_round: int) -> RecordDict:
-        sent = from_record(content.array_records["arrays"])
-        origin = from_record(question.content.array_records["arrays"])
+        sent = from_record(arrays_in(content))
+        origin = from_record(arrays_in(question.content))
         arrays = self._altered(sent, origin, owner, server_round)
         false = {"num-examples": _FALSE_COUNT} if self._failures.corruption == "count" else {}
-        metrics = MetricRecord({**content.metric_records["metrics"], **false})
+        metrics = MetricRecord({**metrics_in(content), **false})
         return RecordDict({"arrays": to_record(arrays), "metrics": metrics})
 
     def _altered(self, sent: Arrays, origin: Arrays, owner: int, server_round: int) -> Arrays:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -27,7 +28,11 @@ class Transaction(Protocol):
         ...
 
     def commit(self) -> None:
-        """After all have run, before any reply is seen."""
+        """After all have run, before the last replies are seen."""
+        ...
+
+    def commit_if_much(self) -> bool:
+        """Between two clients; whether replies so far are on disk now, being too large to wait for the others."""
         ...
 
 
@@ -97,7 +102,7 @@ class InProcessGrid(Grid):
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Runs the clients and returns their replies, in the order of the messages.
+        """Runs the clients and gives their replies, in the order of the messages: each runs when its reply is due.
 
         The timeout is not needed: in one process a client cannot be silent.
         """
@@ -108,10 +113,24 @@ class InProcessGrid(Grid):
         if self._transaction is not None:
             self._transaction.begin(work)
         joint = None if self._joint is None else self._joint.answer(work)
-        replies = [self._answer(message, context) for message, context in work] if joint is None else joint
+        if joint is None:
+            return self._one_by_one(work)
         if self._transaction is not None:
             self._transaction.commit()
-        return replies
+        return joint
+
+    def _one_by_one(self, work: Sequence[tuple[Message, Context]]) -> Iterator[Message]:
+        """Replies, as soon as they may leave."""
+        waiting: deque[Message] = deque()
+        for message, context in work:
+            waiting.append(self._answer(message, context))
+            if self._transaction is None or self._transaction.commit_if_much():
+                while waiting:
+                    yield waiting.popleft()
+        if self._transaction is not None:
+            self._transaction.commit()
+        while waiting:
+            yield waiting.popleft()
 
     def _answer(self, message: Message, context: Context) -> Message:
         try:

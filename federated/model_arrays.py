@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tacit.federated.clipping import Arrays
 
-__all__ = ["joined", "read_arrays", "write_arrays"]
+__all__ = ["channels_last", "joined", "read_arrays", "write_arrays"]
+
+
+def channels_last(model: torch.nn.Module, shape: Sequence[int]) -> bool:
+    """Lays a model's two-dimensional convolutions out with channels last, where its code allows; True where it does.
+
+    On a processor torch pools and convolves such memory with vector instructions: a step of two convolutions with
+    pooling takes three quarters of the time, one without pooling about as long as before (`benchmarks/simulation.py`).
+    What a model calculates is the same up to float32 rounding.
+
+    Args:
+        model: its weights are moved in memory, and keep their shapes and values.
+        shape: of one input, without the batch.
+
+    >>> convolution = torch.nn.Conv2d(3, 4, 3)
+    >>> channels_last(torch.nn.Sequential(convolution, torch.nn.Flatten()), (3, 8, 8))
+    True
+    >>> convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    True
+    >>> channels_last(torch.nn.Linear(4, 2), (4,))
+    False
+    """
+    if not any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules()):
+        return False
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    training = model.training
+    try:
+        with torch.no_grad():  # in eval mode nothing is remembered or drawn
+            model.eval()(torch.zeros(2, *shape))
+    except RuntimeError:  # a `view` of what a convolution gives, which is a copy in this order
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
+        return False
+    finally:
+        model.train(training)
+    return True
 
 
 def read_arrays(model: torch.nn.Module, arrays: Arrays) -> None:

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tacit.federated.per_record_parts import Part, from_factors, from_gradients, ghost_is_cheaper, masked
+from tacit.federated.per_record_parts import (
+    Apart,
+    Part,
+    from_factors,
+    from_gradients,
+    ghost_is_cheaper,
+    masked,
+    with_doubles,
+)
 
 __all__ = ["KINDS", "Kind", "Use"]
 
@@ -72,11 +80,9 @@ def _linear_part(layer: nn.Linear, uses: Sequence[Use]) -> Part:
         scaled = factors.view(-1, 1, 1) * masked(gradient, usable)
         place.view_as(layer.weight).addmm_(scaled.flatten(0, 1).mT, masked(inputs, usable).flatten(0, 1))
 
-    def total(groups: int, factors: Tensor, usable: Tensor | None) -> Tensor:
+    def total(apart: Apart, factors: Tensor, usable: Tensor | None) -> Tensor:
         scaled = factors.view(-1, 1, 1) * masked(gradient, usable)
-        of_group = scaled.reshape(groups, -1, layer.out_features).mT @ masked(inputs, usable).reshape(
-            groups, -1, layer.in_features
-        )
+        of_group = apart(scaled).flatten(1, 2).mT @ apart(masked(inputs, usable)).flatten(1, 2)
         return of_group.flatten(1)
 
     return from_factors(inputs, gradient, of_bias, add, total)
@@ -156,7 +162,7 @@ def _embedding_part(layer: nn.Embedding, uses: Sequence[Use]) -> Part:
     records, (tokens, width) = len(uses[0].inputs), layer.weight.shape
     used = _joined([use.inputs.reshape(records, -1) for use in uses])  # (records, positions)
     gradient = _joined([use.gradient.reshape(records, -1, width) for use in uses]).flatten(0, 1)
-    keys = (used + tokens * torch.arange(records)[:, None]).flatten()
+    keys = (used + tokens * torch.arange(records, device=used.device)[:, None]).flatten()
     if layer.padding_idx is not None:
         learned = used.flatten() != layer.padding_idx
         keys, gradient = keys[learned], gradient[learned]
@@ -168,8 +174,9 @@ def _embedding_part(layer: nn.Embedding, uses: Sequence[Use]) -> Part:
         scaled = factors[record, None] * masked(rows, None if usable is None else usable[record])
         places[0].view_as(layer.weight).index_add_(0, token, scaled)
 
-    squares = torch.zeros(records, dtype=torch.float64).index_add_(0, record, rows.double().square_().sum(1))
-    return Part(norms=[squares.sqrt_().float()[:, None]], additions=0, add=add)
+    wide, whose = with_doubles(rows).double(), with_doubles(record)
+    squares = wide.new_zeros(records).index_add_(0, whose, wide.square_().sum(1))
+    return Part(norms=[squares.sqrt_().float()[:, None].to(rows.device)], additions=0, add=add)
 
 
 def _group_norm_call(layer: nn.GroupNorm, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

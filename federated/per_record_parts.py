@@ -16,11 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Part", "from_factors", "from_gradients", "ghost_is_cheaper", "masked", "norm_from_above"]
+__all__ = ["Part", "from_factors", "from_gradients", "ghost_is_cheaper", "masked", "norm_from_above", "with_doubles"]
 
 Tensor = torch.Tensor
 Add = Callable[[Tensor, Tensor, Tensor | None], None]
-Sum = Callable[[int, Tensor, Tensor | None], Tensor]
+# From (all records, ...) to (groups, records of each, ...).
+Apart = Callable[[Tensor], Tensor]
+Sum = Callable[[Apart, Tensor, Tensor | None], Tensor]
 
 # Half a unit in the last place of float32, and the root of the least square that float32 does not round to nothing.
 _ROUNDING, _LOST = 2.0**-24, 2.0**-63
@@ -41,14 +43,14 @@ class Part:
         additions: of squares, at most, behind each of `norms`; each may have rounded it down.
         add: adds the sum of gradients times factors, (records,), to places, each a trainable parameter's elements in a
             row. With a mask of the usable records, (records,), the others enter as zeros: 0·NaN is NaN.
-        sums: the same sums for equal groups of records that follow one another, each by itself: from the number of
-            groups, factors and mask to (groups, elements) per trainable parameter; None where there is no short way.
+        sums: the same sums for groups of as many records, each by itself: from what takes groups apart, factors and
+            mask to (groups, elements) per trainable parameter; None where there is no short way.
     """
 
     norms: Sequence[Tensor]
     additions: int
     add: Callable[[Sequence[Tensor], Tensor, Tensor | None], None]
-    sums: Callable[[int, Tensor, Tensor | None], list[Tensor]] | None = None
+    sums: Callable[[Apart, Tensor, Tensor | None], list[Tensor]] | None = None
 
 
 def norm_from_above(parts: Sequence[Part], *, records: int, parameters: int) -> Tensor:
@@ -67,7 +69,8 @@ def norm_from_above(parts: Sequence[Part], *, records: int, parameters: int) -> 
     >>> norms.round(decimals=5).tolist(), bool((norms >= torch.tensor([5.0, 1.0])).all())
     ([5.0, 1.0], True)
     """
-    norms = torch.cat([torch.zeros(records, 1), *(norm for part in parts for norm in part.norms)], dim=1)
+    found = [norm for part in parts for norm in part.norms]
+    norms = torch.cat(found, dim=1).cpu() if found else torch.zeros(records, 1)  # a few numbers a record
     roundings = max((part.additions for part in parts), default=0) / 2 + 8
     total: Tensor = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64)
     return total * (1.0 + roundings * _ROUNDING) + math.sqrt(parameters) * _LOST
@@ -89,8 +92,13 @@ def _norms(values: Tensor) -> Tensor:
     if values.shape[-1] <= _LONGEST_SUM:
         norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
         return norms
-    wide = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
-    return torch.where(wide < _LARGEST_NORM, wide, math.nan).float()
+    sums = torch.linalg.vector_norm(with_doubles(values), dim=-1, dtype=torch.float64)
+    return torch.where(sums < _LARGEST_NORM, sums, math.nan).float().to(values.device)
+
+
+def with_doubles(values: Tensor) -> Tensor:
+    """The same where there is float64, which Apple's graphics processors have not."""
+    return values.cpu() if values.device.type == "mps" else values
 
 
 def from_gradients(gradients: Sequence[Tensor]) -> Part:
@@ -104,10 +112,10 @@ def from_gradients(gradients: Sequence[Tensor]) -> Part:
         for place, gradient in zip(places, gradients, strict=True):
             place.addmv_(masked(gradient, usable).flatten(1).mT, factors)
 
-    def sums(groups: int, factors: Tensor, usable: Tensor | None) -> list[Tensor]:
-        weights = factors.view(groups, 1, -1)
+    def sums(apart: Apart, factors: Tensor, usable: Tensor | None) -> list[Tensor]:
+        weights = apart(factors).contiguous()[:, None]
         rows = [masked(gradient, usable).flatten(1) for gradient in gradients]
-        return [(weights @ row.view(groups, -1, row.shape[1]))[:, 0] for row in rows]
+        return [(weights @ apart(row))[:, 0] for row in rows]
 
     norms = [_norms(gradient).view(len(gradient), -1) for gradient in gradients]
     return Part(norms=norms, additions=_additions(*gradients), add=add, sums=sums)
@@ -133,8 +141,8 @@ def from_factors(
     of_rest, sums = rest.sums, None
     if sum_weight is not None and of_rest is not None:
 
-        def sums(groups: int, factors: Tensor, usable: Tensor | None) -> list[Tensor]:
-            return [sum_weight(groups, factors, usable), *of_rest(groups, factors, usable)]
+        def sums(apart: Apart, factors: Tensor, usable: Tensor | None) -> list[Tensor]:
+            return [sum_weight(apart, factors, usable), *of_rest(apart, factors, usable)]
 
     def add(places: Sequence[Tensor], factors: Tensor, usable: Tensor | None) -> None:
         add_weight(places[0], factors, usable)
@@ -164,10 +172,11 @@ def _gram_norms(inputs: Tensor, gradient: Tensor) -> Tensor:
     Its square is Σ_ts (a_t·a_s)(g_t·g_s), which may cancel. So it is taken in float64, and what rounding may add to the
     float32 sum over positions itself, at most (positions + 2)·2⁻²⁴·Σ_t ‖a_t‖‖g_t‖, is added.
     """
-    inputs, gradient = inputs.double(), gradient.double()
+    device = inputs.device
+    inputs, gradient = with_doubles(inputs).double(), with_doubles(gradient).double()
     of_inputs, of_gradient = inputs @ inputs.mT, gradient @ gradient.mT  # (records, positions, positions)
     squares = torch.diagonal(of_inputs, dim1=1, dim2=2)
     unsigned = (squares * torch.diagonal(of_gradient, dim1=1, dim2=2)).sqrt_().sum(1)
     norms = (of_inputs * of_gradient).sum((1, 2)).clamp_(min=0.0).sqrt_()
     norms += (inputs.shape[1] + 2) * _ROUNDING * unsigned
-    return torch.where(squares.amax(1) < _LARGEST_NORM**2, norms, math.nan).float()[:, None]
+    return torch.where(squares.amax(1) < _LARGEST_NORM**2, norms, math.nan).float()[:, None].to(device)

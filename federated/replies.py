@@ -9,18 +9,52 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from tacit.federated.clipping import Arrays
 
-__all__ = ["Cohort", "array_bytes"]
+__all__ = ["Cohort", "array_bytes", "arrays_in", "metrics_in"]
 
 
 def array_bytes(message: Message) -> int:
     """Of all arrays that a message carries, as they are sent."""
     if not message.has_content():
         return 0
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+# Flower's own `content.array_records` ties content into a cycle, so that its arrays stay until garbage is collected.
+
+
+def arrays_in(content: RecordDict, name: str = "arrays") -> ArrayRecord:
+    """A record of arrays.
+
+    Raises:
+        KeyError: there is none of that name.
+
+    >>> len(arrays_in(RecordDict({"arrays": ArrayRecord()})))
+    0
+    """
+    record = content[name]
+    if not isinstance(record, ArrayRecord):
+        raise KeyError(name)
+    return record
+
+
+def metrics_in(content: RecordDict) -> MetricRecord:
+    """The metrics.
+
+    Raises:
+        KeyError: there are none.
+
+    >>> dict(metrics_in(RecordDict({"metrics": MetricRecord({"owner": 1})})))
+    {'owner': 1}
+    """
+    record = content["metrics"]
+    if not isinstance(record, MetricRecord):
+        raise KeyError("metrics")
+    return record
 
 
 @dataclass(frozen=True)

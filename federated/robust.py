@@ -37,7 +37,6 @@ __all__ = [
     "median",
     "multi_krum",
     "norm_bounded_mean",
-    "q_ffl_step",
     "trimmed_mean",
 ]
 
@@ -258,47 +257,6 @@ def norm_bounded_mean(
     limit = float(np.median(norms)) if bound is None else bound
     factors = [share * (limit / norm if norm > limit else 1.0) for share, norm in zip(shares, norms, strict=True)]
     return _moved(centre, stacked, factors, sum(shares))
-
-
-def q_ffl_step(
-    weights: Arrays, stacked: Stacked, losses: Sequence[float] | _Wide, *, q: float, learning_rate: float
-) -> Arrays:
-    """One step of q-FedAvg, which listens the more to a client the higher its loss (Li et al. 2020, algorithm 2).
-
-    With L = 1 / learning_rate, Δw_k = L(w - w_k) and F_k the loss of w at client k,
-
-        w ← w - Σ F_k^q Δw_k / Σ (q F_k^(q-1) ‖Δw_k‖² + L F_k^q)
-
-    Args:
-        weights: w, what the round began with.
-        stacked: w_k, the clients' models, (clients, *shape) by name.
-        losses: F_k, at least 0; 1e-10 is added, as by its authors, so that 0 has powers. They are of records: with a
-            guarantee they must be noised and charged.
-        q: 0 is plain averaging; the higher, the more alike the clients' losses.
-        learning_rate: of the clients.
-
-    Raises:
-        ValueError: a loss or setting out of its range, or as for `median`.
-
-    >>> models = {"w": np.float32([[1.0], [3.0]])}
-    >>> q_ffl_step({"w": np.float32([0.0])}, models, [0.5, 0.5], q=0.0, learning_rate=0.1)["w"].tolist()
-    [2.0]
-    """
-    clients = count_clients(stacked)
-    found = np.asarray(losses, dtype=np.float64)
-    if found.shape != (clients,) or not np.isfinite(found).all() or (found < 0.0).any():
-        raise ValueError(
-            f"expected a finite loss of at least 0 for each of {clients} clients, got others among {found.shape}"
-        )
-    if not (math.isfinite(q) and q >= 0.0):
-        raise ValueError(f"expected a finite number of at least 0, got q={q}")
-    if not (math.isfinite(learning_rate) and learning_rate > 0.0):
-        raise ValueError(f"expected a finite number above 0, got learning_rate={learning_rate}")
-    lipschitz = 1.0 / learning_rate
-    found = found + 1e-10
-    powers = (found / found.max()) ** q  # the largest loss cancels: its power may be too large for a float
-    scales = powers * (q / found * lipschitz**2 * squared_steps(stacked, weights) + lipschitz)
-    return _moved(weights, stacked, (powers * lipschitz).tolist(), float(scales.sum()))
 
 
 def _moved(centre: Arrays, stacked: Stacked, factors: Sequence[float], divisor: float) -> Arrays:

@@ -11,11 +11,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from tacit.devices.failpoint import reach
-from tacit.federated.admission import Admitted, FrontDoor, Sent, admit, refusal_reason
-from tacit.federated.replies import Cohort, array_bytes
-from tacit.federated.roster import Roster
+from tacit.federated.doors import Doors, Incoming, TooFew, count_reasons
+from tacit.federated.replies import array_bytes
 
-__all__ = ["Doors", "FederationFailed", "RoundReport", "Trains", "run_rounds", "wait_for"]
+__all__ = ["FederationFailed", "RoundReport", "Trains", "run_rounds", "wait_for"]
 
 
 class Trains(Protocol):
@@ -49,39 +48,6 @@ class Trains(Protocol):
 
 class FederationFailed(RuntimeError):
     """A round that too few owners finished."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Doors:
-    """What replies must look like, and who may send them.
-
-    Attributes:
-        training: for updates.
-        evaluation: for counts.
-        roster: which node speaks for which owner; None where a reply's owner means nothing (unit client).
-    """
-
-    training: FrontDoor
-    evaluation: FrontDoor
-    roster: Roster | None
-
-    def admit(self, messages: Iterable[Message], replies: Sequence[Message], server_round: int) -> Admitted:
-        """Judges the replies to a training round; a cohort made in this process can be wrong in its values alone."""
-        if isinstance(replies, Cohort):
-            finite = replies.finite()
-            if finite.all():
-                return Admitted(replies=replies, aside={})
-            wrong = {
-                node: "arrays hold NaN or infinity"
-                for node, good in zip(replies.nodes, finite, strict=True)
-                if not good
-            }
-            return Admitted(replies=replies.take(finite), aside=wrong)
-        return admit(replies, Sent.of(messages, server_round), self.roster, self.training)
-
-    def admit_counts(self, messages: Iterable[Message], replies: Iterable[Message], server_round: int) -> Admitted:
-        """Judges the replies to an evaluation."""
-        return admit(replies, Sent.of(messages, server_round), self.roster, self.evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,22 +122,10 @@ def run_rounds(
         reach("round.before_configure")
         messages = list(strategy.configure_train(server_round, arrays, ConfigRecord(dict(config)), grid))
         reach("round.after_configure")
-        replies = _as_sequence(grid.send_and_receive(messages, timeout=timeout_s))
-        reach("round.after_replies")
-        admitted = doors.admit(messages, replies, server_round) if doors else Admitted(replies=replies, aside={})
-        good = _with_content(admitted.replies)
-        refusals = _count_reasons(admitted.replies)
-        few = len(good) < quorum
-        # Interrupted so often that its reservations cannot be used again, it stays charged and the model stays.
-        lost = few and skip_lost and server_round == first_round and _is_lost(refusals)
-        if few and not lost:
-            counts = {**refusals, **({"set aside": len(admitted.aside)} if admitted.aside else {})}
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no reply"
-            raise FederationFailed(
-                f"expected at least {quorum} owners in round {server_round}, got {len(good)} ({reasons}); "
-                "bring owners back, then resume"
-            )
-        aggregated = None if lost else strategy.aggregate_train(server_round, good)[0]
+        came = grid.send_and_receive(messages, timeout=timeout_s)
+        incoming = Incoming(messages=messages, replies=came, server_round=server_round, quorum=quorum, doors=doors)
+        del came
+        aggregated = _aggregated(strategy, incoming, lossy=skip_lost and server_round == first_round)
         arrays = arrays if aggregated is None else aggregated
         reach("round.after_aggregate")
         evaluation, evaluation_refusals, misjudged = _evaluate(
@@ -179,18 +133,50 @@ def run_rounds(
         )
         report = RoundReport(
             round=server_round,
-            clients=0 if lost else len(good),
-            refusals=refusals,
+            clients=0 if aggregated is None and incoming.clients < quorum else incoming.clients,
+            refusals=incoming.refusals,
             wall_s=time.monotonic() - started,
             left_out=aggregated is None,
             evaluation=evaluation,
             evaluation_refusals=evaluation_refusals,
-            aside={**misjudged, **admitted.aside},
+            aside={**misjudged, **incoming.aside},
             bytes_down=_bytes_of_questions(messages),
-            bytes_up=replies.array_bytes if isinstance(replies, Cohort) else sum(map(array_bytes, replies)),
+            bytes_up=incoming.bytes_up,
         )
         on_round(report, arrays)
     return arrays
+
+
+def _aggregated(strategy: Trains, incoming: Incoming, *, lossy: bool) -> ArrayRecord | None:
+    """The new model; None where the old one stays.
+
+    Args:
+        strategy: aggregates.
+        incoming: the round's replies.
+        lossy: a round that was interrupted so often that its reservations cannot be used again stays charged, and the
+            model stays.
+
+    Raises:
+        FederationFailed: fewer usable replies than the quorum.
+    """
+    try:
+        good: Iterable[Message] | None = incoming.cohort()
+        if good is None:
+            stream = iter(incoming)
+            # A strategy that reads its replies twice, or counts them first, gets a list.
+            good = stream if getattr(strategy, "folds", False) else list(stream)
+            aggregated = strategy.aggregate_train(incoming.server_round, good)[0]
+            for _ in stream:  # a strategy that did not look at all of them
+                pass
+            return aggregated
+        return strategy.aggregate_train(incoming.server_round, good)[0]
+    except TooFew:
+        if lossy and _is_lost(incoming.refusals):
+            return None
+        raise FederationFailed(
+            f"expected at least {incoming.quorum} owners in round {incoming.server_round}, got {incoming.clients} "
+            f"({incoming.reasons()}); bring owners back, then resume"
+        ) from None
 
 
 def _evaluate(
@@ -210,7 +196,7 @@ def _evaluate(
     if doors is not None:
         admitted = doors.admit_counts(messages, replies, server_round)
         replies, aside = admitted.replies, admitted.aside
-    return strategy.aggregate_evaluate(server_round, replies), _count_reasons(replies), aside
+    return strategy.aggregate_evaluate(server_round, replies), count_reasons(replies), aside
 
 
 def wait_for(grid: Grid, owners: int, wait_s: float, tell: Callable[[str], None], *, poll_s: float = 1.0) -> None:
@@ -243,14 +229,6 @@ def _is_lost(refusals: Mapping[str, int]) -> bool:
     return "unavailable" in refusals and set(refusals) <= {"unavailable", "dropped", "late"}
 
 
-def _as_sequence(replies: Iterable[Message]) -> Sequence[Message]:
-    return replies if isinstance(replies, Cohort) else list(replies)
-
-
-def _with_content(replies: Sequence[Message]) -> Sequence[Message]:
-    return replies if isinstance(replies, Cohort) else [reply for reply in replies if reply.has_content()]
-
-
 def _bytes_of_questions(messages: Sequence[Message]) -> int:
     """Of all arrays that were asked with; most of a round's messages share theirs."""
     known: dict[int, int] = {}
@@ -259,14 +237,3 @@ def _bytes_of_questions(messages: Sequence[Message]) -> int:
         if content not in known:
             known[content] = array_bytes(message)
     return sum(known[id(message.content)] for message in messages)
-
-
-def _count_reasons(replies: Sequence[Message]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    if isinstance(replies, Cohort):  # none of them is an error
-        return counts
-    for reply in replies:
-        if reply.has_error():
-            reason = refusal_reason(reply)
-            counts[reason] = counts.get(reason, 0) + 1
-    return counts

@@ -7,14 +7,13 @@ privacy the models that came back are noised, and so is everything made of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tacit.federated.clipping import Arrays
 
-__all__ = ["ControlVariates"]
+__all__ = ["ControlVariates", "Moved"]
 
 
 @dataclass(kw_only=True)
@@ -28,7 +27,9 @@ class ControlVariates:
         own: c_i by owner; absent for zero.
 
     >>> variates = ControlVariates(owners=2, scale=0.5)
-    >>> variates.take({"w": np.float32([1.0])}, [(0, {"w": np.float32([0.5])})])  # a mean gradient of 1
+    >>> moved = variates.begin({"w": np.float32([1.0])})
+    >>> moved.add(0, {"w": np.float32([0.5])})  # a mean gradient of 1
+    >>> moved.finish()
     >>> variates.shared["w"].tolist(), variates.own[0]["w"].tolist()
     ([0.5], [1.0])
     >>> variates.correction(0, {"w": np.float32([1.0])})["w"].tolist()
@@ -48,27 +49,13 @@ class ControlVariates:
             for name, array in like.items()
         }
 
-    def take(self, before: Arrays, answers: Sequence[tuple[int, Arrays]]) -> None:
-        """Moves the variates of those that answered: c_i ← c_i - c + (x - y_i)/(Kη), c ← c + Σ(c_i' - c_i)/N.
+    def begin(self, before: Arrays) -> Moved:
+        """What takes up a round's answers.
 
         Args:
             before: x, the model that the round began with.
-            answers: owner and y_i, its model after its steps, in the order of the owners.
         """
-        moved = {name: np.zeros(array.shape) for name, array in before.items()}
-        for owner, after in answers:
-            own = self.own.get(owner, {})
-            fresh = {}
-            for name, array in before.items():
-                gradient = (array.astype(np.float64) - after[name]) / self.scale
-                change = gradient - self.shared.get(name, _zero(array))
-                fresh[name] = np.asarray(own.get(name, _zero(array)) + change, dtype=np.float32)
-                moved[name] += change
-            self.own[owner] = fresh
-        self.shared = {
-            name: np.asarray(self.shared.get(name, _zero(array)) + moved[name] / self.owners, dtype=np.float32)
-            for name, array in before.items()
-        }
+        return Moved(self, before)
 
     def state(self) -> Arrays:
         """What a checkpoint keeps."""
@@ -86,6 +73,36 @@ class ControlVariates:
                 self.shared[name] = array
             else:
                 self.own.setdefault(int(whose), {})[name] = array
+
+
+class Moved:
+    """A round's change: c_i ← c_i - c + (x - y_i)/(Kη) of those that answer, c ← c + Σ(c_i' - c_i)/N."""
+
+    def __init__(self, variates: ControlVariates, before: Arrays) -> None:
+        """Nothing has moved until `finish`."""
+        self._variates, self._before = variates, before
+        self._total = {name: np.zeros(array.shape) for name, array in before.items()}
+        self._own: dict[int, Arrays] = {}
+
+    def add(self, owner: int, after: Arrays) -> None:
+        """Takes up an answer, y_i."""
+        variates = self._variates
+        own, fresh = variates.own.get(owner, {}), {}
+        for name, array in self._before.items():
+            gradient = (array.astype(np.float64) - after[name]) / variates.scale
+            change = gradient - variates.shared.get(name, _zero(array))
+            fresh[name] = np.asarray(own.get(name, _zero(array)) + change, dtype=np.float32)
+            self._total[name] += change
+        self._own[owner] = fresh
+
+    def finish(self) -> None:
+        """Moves the variates."""
+        shared, owners = self._variates.shared, self._variates.owners
+        self._variates.own |= self._own
+        self._variates.shared = {
+            name: np.asarray(shared.get(name, _zero(array)) + self._total[name] / owners, dtype=np.float32)
+            for name, array in self._before.items()
+        }
 
 
 def _zero(like: np.ndarray) -> np.ndarray:

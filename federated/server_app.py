@@ -16,9 +16,10 @@ from tacit.devices.durable import FileDamaged, write_durably
 from tacit.devices.failpoint import reach
 from tacit.federated.averaging import from_record, part, to_record
 from tacit.federated.checkpoint import Checkpoint, State, load_checkpoint, save_checkpoint, write_weights
+from tacit.federated.doors import Doors
 from tacit.federated.evaluation import owners_accuracy
 from tacit.federated.mechanism import PrivacyRefused
-from tacit.federated.rounds import Doors, RoundReport, Trains, run_rounds, wait_for
+from tacit.federated.rounds import RoundReport, Trains, run_rounds, wait_for
 from tacit.federated.train import Arrays
 
 __all__ = ["LedgerView", "ServerPlan", "make_server_app"]
@@ -213,10 +214,13 @@ def _traffic(plan: ServerPlan, report: RoundReport) -> dict[str, object]:
 
 
 def _named_aside(plan: ServerPlan, report: RoundReport) -> dict[str, str]:
-    roster = plan.doors.roster if plan.doors else None
-    known = {} if roster is None else roster.indices
-    names = {node: plan.owner_names[i] for node, i in known.items() if i < len(plan.owner_names)}
-    return {names.get(node, f"node {node}"): reason for node, reason in report.aside.items()}
+    roster, names = plan.doors.roster if plan.doors else None, plan.owner_names
+
+    def name_of(node: int) -> str:
+        index = None if roster is None else roster.indices.get(node)
+        return f"node {node}" if index is None or index >= len(names) else names[index]
+
+    return {name_of(node): reason for node, reason in report.aside.items()}
 
 
 def _note_aside(plan: ServerPlan, report: RoundReport) -> None:

@@ -118,8 +118,7 @@ class ServerOptimizer:
         if self.name == "momentum":
             return _momentum(weights, averaged, state, rate, self.momentum)
         if self.name == "sgd":
-            moved = {n: weights[n] - np.float32(rate) * (weights[n] - averaged[n]) for n in weights}
-            return _narrow(moved), {}
+            return {name: _step(weights[name], averaged[name], np.float32(rate)) for name in weights}, {}
         return self._adaptive(weights, averaged, state, rate)
 
     def _adaptive(self, weights: Arrays, averaged: Arrays, state: Arrays, rate: float) -> tuple[Arrays, Arrays]:
@@ -149,6 +148,16 @@ class ServerOptimizer:
     def _state_shapes(self, weights: Arrays) -> dict[str, tuple[int, ...]]:
         kinds = [_VELOCITY] * (self.name in _WITH_VELOCITY) + [_SECOND] * (self.name in _ADAPTIVE)
         return {kind + name: array.shape for kind in kinds for name, array in weights.items()}
+
+
+def _step(
+    weights: npt.NDArray[np.float32], averaged: npt.NDArray[np.float32], rate: np.float32
+) -> npt.NDArray[np.float32]:
+    """The way of plain descent, w - η(w - a), with one array besides."""
+    step = np.asarray(weights - averaged)
+    step *= rate
+    np.subtract(weights, step, out=step)
+    return step
 
 
 def _momentum(weights: Arrays, averaged: Arrays, state: Arrays, rate: float, momentum: float) -> tuple[Arrays, Arrays]:

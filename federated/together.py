@@ -14,6 +14,7 @@ from functools import partial
 from typing import NoReturn, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Context, Error, Message, MessageType
 from safetensors.numpy import save
 
@@ -25,10 +26,10 @@ from tacit.federated.cohort import CohortSteps, Taken, Walk
 from tacit.federated.model_arrays import joined
 from tacit.federated.owner import Owner
 from tacit.federated.personal import Asked
-from tacit.federated.replies import Cohort
+from tacit.federated.replies import Cohort, arrays_in
 from tacit.federated.turns import Granted, Reservation, Turn
 
-__all__ = ["AtOnce", "Takes", "Together"]
+__all__ = ["AtOnce", "Takes", "Together", "matrix_of"]
 
 _LOG = logging.getLogger("tacit")
 Work = Sequence[tuple[Message, Context]]
@@ -112,7 +113,7 @@ class Together:
         good = [one for one in taken if isinstance(one, Taken)]
         bare = not any(wants_loss(message) for message in {id(m.content): m for m, _ in chosen}.values())
         if bare and len(good) == len(work) and all(_is_bare(owner) for _, owner in chosen):
-            rows = np.stack([one.row for one in good])
+            rows = matrix_of([one.row for one in good])
             questions, indices = [message for message, _ in chosen], [owner.index for _, owner in chosen]
             return self._released(Cohort(rows, indices, questions, good[0].unfold, reply_of))
         self._taken = {owner.index: one for (_, owner), one in zip(chosen, taken, strict=True)}
@@ -144,10 +145,27 @@ class Together:
 
     def _arrays(self, message: Message) -> Arrays:
         """Requests of a round share one record, which is decoded once."""
-        record = message.content.array_records["arrays"]
+        record = arrays_in(message.content)
         if self._decoded[0] is not record:
             self._decoded = (record, from_record(record))
         return self._decoded[1]
+
+
+def matrix_of(rows: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """Rows as a matrix: the one that they lie in one after another, where they do, without a copy.
+
+    >>> matrix = np.zeros((2, 3), np.float32)
+    >>> matrix_of(list(matrix)) is matrix
+    True
+    >>> matrix_of([matrix[1], matrix[0]]) is matrix
+    False
+    """
+    whole = rows[0].base
+    if not isinstance(whole, np.ndarray) or whole.shape != (len(rows), *rows[0].shape):
+        return np.stack(rows)
+    start, stride = whole.ctypes.data, whole.strides[0]
+    lies = all(row.base is whole and row.ctypes.data == start + place * stride for place, row in enumerate(rows))
+    return whole if lies and whole.dtype == rows[0].dtype else np.stack(rows)
 
 
 def _is_training(message: Message) -> bool:
@@ -173,8 +191,15 @@ class AtOnce:
         try:
             rows = iter(self._steps(walks).numpy() if walks else ())
         except Exception as error:  # noqa: BLE001  # whose it is cannot be told
-            _LOG.debug("steps are taken one by one: %s", type(error).__name__)
-            return None
+            if not isinstance(error, MemoryError) and not any(walk.mechanism.private for walk in walks):
+                _LOG.debug("steps are taken one by one: %s", type(error).__name__)
+                return None
+            # Not tried again: whether it works may depend on which records were drawn (privacy by rejection is none).
+            _LOG.warning(
+                "all owners of a round failed together (%s); federated.engine='sequential' keeps them apart",
+                error if isinstance(error, MemoryError) else type(error).__name__,
+            )
+            return [error if isinstance(one, Walk) else one for one in found]
         return [
             Taken(row=next(rows), unfold=self._steps.arrays, walk=one) if isinstance(one, Walk) else one
             for one in found

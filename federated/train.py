@@ -14,7 +14,7 @@ from tacit.federated.batch_gradients import WRAPPED, BatchGradients
 from tacit.federated.clipping import Arrays, clip_update, update_norm
 from tacit.federated.local_steps import LocalRule, LocalSteps
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
-from tacit.federated.model_arrays import joined, read_arrays, write_arrays
+from tacit.federated.model_arrays import channels_last, joined, read_arrays, write_arrays
 from tacit.federated.noise import Randomness
 from tacit.federated.task import Records, Task
 
@@ -64,6 +64,8 @@ class LocalTrainer:
         self._rule = rule or LocalRule(learning_rate=learning_rate or 0.0)
         self._augment = augment
         self._batch_rate, self._weight_cap = batch_rate, weight_cap
+        if not mechanism.per_record:  # gradients by record are written for weights as they are
+            channels_last(model, task.interface.shape)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._steps = LocalSteps(self._rule, self._parameters)
         self._bare = copy.deepcopy(model) if personal else None  # without the hooks that follow

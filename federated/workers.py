@@ -1,27 +1,37 @@
 """Owners' steps in several processes, one thread each; the same bytes whatever their number.
 
 Workers are forked once and stay: each has the owners, the model and the code of its parent, and a key of its own for
-whatever is secret. What an owner's steps come to does not depend on who takes them, and the rows come back in the order
-in which they were asked for.
+whatever is secret. What an owner's steps come to does not depend on who takes them, so whoever is free takes the next,
+and the rows come back in the order in which they were asked for. Models go through memory that a worker shares with its
+parent, since a pipe holds a tenth of one and both sides would wait for each other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+import numpy as np
+import numpy.typing as npt
+
 from tacit.federated.clipping import Arrays
-from tacit.federated.cohort import Taken
+from tacit.federated.cohort import Taken, unfolded
 from tacit.federated.owner import Owner
 from tacit.federated.personal import Asked
 
-__all__ = ["Apart", "Errand", "WorkerDied", "Workers"]
+__all__ = ["Apart", "Errand", "WorkerDied", "Workers", "cores"]
+
+_AHEAD = 2  # errands that a worker has at a time: it begins the next while the parent reads the last
+_Floats = npt.NDArray[np.floating]
 
 
 class WorkerDied(RuntimeError):
@@ -36,17 +46,77 @@ class Errand:
         owner: its index.
         server_round: from 1.
         correction: SCAFFOLD's, or None.
+        again: how often they may be taken again when their worker is killed. Never under a guarantee: what killed it
+            may have been the records, and trying until it works would tell (privacy.md, section 6).
     """
 
     owner: int
     server_round: int
     correction: Arrays | None = None
+    again: int = 0
 
 
 @dataclass(frozen=True)
+class _Shared:
+    """Memory of a worker and its parent: the model that steps begin with, then those they end with.
+
+    Attributes:
+        shapes: of the model's arrays, by name.
+        rows: (1 + _AHEAD, parameters).
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    rows: _Floats
+
+    @classmethod
+    def like(cls, arrays: Arrays) -> _Shared:
+        """Of a model; anonymous, so that nothing is left when both sides are gone."""
+        dtype = np.result_type(*arrays.values())
+        size = sum(array.size for array in arrays.values())
+        memory = mmap.mmap(-1, max(1, (1 + _AHEAD) * size * dtype.itemsize))
+        rows = np.frombuffer(memory, dtype, (1 + _AHEAD) * size).reshape(1 + _AHEAD, size)
+        return cls({name: array.shape for name, array in arrays.items()}, rows)
+
+    def put(self, place: int, arrays: Arrays) -> None:
+        """Writes a model."""
+        if {name: array.shape for name, array in arrays.items()} != self.shapes:
+            raise ValueError("expected models of one shape, got another; make other workers for it")
+        np.concatenate([arrays[name].ravel() for name in self.shapes], out=self.rows[place])
+
+
+@dataclass(eq=False)
 class _Worker:
+    """What its parent knows of it: `given` are the errands that it has, by number, each with the place of its row."""
+
     process: BaseProcess
     pipe: Connection
+    shared: _Shared
+    given: deque[tuple[int, int]] = field(default_factory=deque)
+
+
+@dataclass
+class _Call:
+    """Where a call stands: errands nobody has yet, what went wrong, and whose workers were killed how often."""
+
+    errands: Sequence[Errand]
+    rows: _Floats
+    waiting: deque[int]
+    failed: dict[int, Exception] = field(default_factory=dict)
+    lost: dict[int, int] = field(default_factory=dict)
+
+    def give(self, worker: _Worker) -> None:
+        """The next errand, if there is one."""
+        if self.waiting:
+            number, taken = self.waiting.popleft(), {place for _, place in worker.given}
+            place = min(set(range(1, 1 + _AHEAD)) - taken)
+            worker.given.append((number, place))
+            with contextlib.suppress(OSError):  # it is dead, which shows when its answer is read
+                worker.pipe.send((place, self.errands[number]))
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
@@ -56,46 +126,36 @@ class Workers:
     nothing but its model after the steps comes back.
     """
 
-    def __init__(self, owners: Sequence[Owner], *, count: int | None = None) -> None:
-        """Forks.
+    def __init__(
+        self, owners: Sequence[Owner], *, count: int | None = None, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Prepares; workers are forked when the first model is there.
 
         Args:
             owners: those that may be asked for.
             count: of processes; as many as there are cores when None.
+            tell: told when a worker was killed, in a line for the run's log.
         """
         self._owners = {owner.index: owner for owner in owners}
-        self._workers = [self._start() for _ in range(count or os.cpu_count() or 1)]
+        self._count, self._tell = count or cores(), tell
+        self._workers: list[_Worker] = []
 
-    def __call__(self, arrays: Arrays, errands: Sequence[Errand]) -> list[Arrays | Exception]:
+    def __call__(self, arrays: Arrays, errands: Sequence[Errand]) -> list[Taken | Exception]:
         """The model after each owner's steps, in the order asked; an exception where one's raised.
 
         Args:
-            arrays: the model that all begin with.
+            arrays: the model that all begin with; of the same shapes in every call.
             errands: whose steps.
         """
-        count = len(self._workers)
-        parts = [list(range(first, len(errands), count)) for first in range(count)]
-        asked = []
-        for place, part in enumerate(parts):
-            if part:
-                with contextlib.suppress(OSError):  # it is dead: what it does not answer is lost
-                    self._workers[place].pipe.send((arrays, [errands[number] for number in part]))
-                asked.append((place, part))
-        found: list[Arrays | Exception] = [WorkerDied("expected an answer, got none")] * len(errands)
-        left = {self._workers[place].pipe: (place, list(part)) for place, part in asked}
-        while left:  # whoever is ready is read first: a worker whose pipe is full waits
-            for pipe in wait(list(left)):
-                place, part = left[pipe]  # type: ignore[index]  # what wait gives is of what it was given
-                answer = self._answer(place)
-                if isinstance(answer, WorkerDied):
-                    for number in part:
-                        found[number] = answer
-                    part = []
-                else:
-                    found[part.pop(0)] = answer
-                if not part:
-                    del left[pipe]  # type: ignore[arg-type]  # as above
-        return found
+        if not self._workers:
+            self._workers = [self._start(_Shared.like(arrays)) for _ in range(self._count)]
+        shared = self._workers[0].shared
+        for worker in self._workers:
+            worker.shared.put(0, arrays)
+        rows = np.empty((len(errands), shared.rows.shape[1]), shared.rows.dtype)
+        failed = self._carried_out(errands, rows)
+        unfold = partial(unfolded, shared.shapes)
+        return [failed.get(number) or Taken(row=rows[number], unfold=unfold) for number in range(len(errands))]
 
     def close(self) -> None:
         """Ends them."""
@@ -107,30 +167,67 @@ class Workers:
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
+        self._workers = []
 
-    def _answer(self, place: int) -> Arrays | Exception:
-        """One result; a worker that died is replaced."""
-        worker = self._workers[place]
+    def _carried_out(self, errands: Sequence[Errand], rows: _Floats) -> dict[int, Exception]:
+        """Fills the rows; returns what went wrong instead, by number."""
+        call = _Call(errands, rows, deque(range(len(errands))))
+        for _ in range(_AHEAD):
+            for worker in self._workers:
+                call.give(worker)
+        while busy := {worker.pipe: worker for worker in self._workers if worker.given}:
+            for pipe in wait(list(busy)):
+                self._read(busy[pipe], call)  # type: ignore[index]  # what wait gives is of what it was given
+            for worker in self._workers:
+                while call.waiting and len(worker.given) < _AHEAD:
+                    call.give(worker)
+        return call.failed
+
+    def _read(self, worker: _Worker, call: _Call) -> None:
+        """One answer; a worker that died is replaced."""
         try:
-            result: Arrays | Exception = worker.pipe.recv()
+            raised: Exception | None = worker.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join()
-            code = worker.process.exitcode
-            worker.pipe.close()
-            self._workers[place] = self._start()
-            return WorkerDied(f"expected a worker to stay, got exit code {code}; see the system's log for memory")
-        return result
+            self._replace(worker, call)
+            return
+        number, place = worker.given.popleft()
+        if raised is None:
+            call.rows[number] = worker.shared.rows[place]
+        else:
+            call.failed[number] = raised
 
-    def _start(self) -> _Worker:
+    def _replace(self, worker: _Worker, call: _Call) -> None:
+        """Another one for one that died: what it was at is lost, what it had not begun waits for others."""
+        worker.process.join()
+        worker.pipe.close()
+        (number, _), *untouched = worker.given
+        call.waiting.extendleft(other for other, _ in reversed(untouched))
+        self._workers[self._workers.index(worker)] = self._start(worker.shared)
+        call.lost[number] = call.lost.get(number, 0) + 1
+        again = call.lost[number] <= call.errands[number].again
+        died = self._died(worker, call.errands[number], again=again)
+        if again:
+            call.waiting.append(number)
+        else:
+            call.failed[number] = died
+
+    def _died(self, worker: _Worker, errand: Errand, *, again: bool) -> WorkerDied:
+        code = worker.process.exitcode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        fate = "are taken again" if again else "are lost, and are not taken again"
+        self._tell(f"round {errand.server_round}: a worker was killed ({how}); the steps of one owner {fate}")
+        return WorkerDied(f"expected a worker to stay, got {how}; see the system's log for memory")
+
+    def _start(self, shared: _Shared) -> _Worker:
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, here, self._owners), daemon=True)
+        process = context.Process(target=_work, args=(there, here, self._owners, shared), daemon=True)
         process.start()
         there.close()
-        return _Worker(process, here)
+        return _Worker(process, here, shared)
 
 
-def _work(pipe: Connection, parents: Connection, owners: dict[int, Owner]) -> None:
+def _work(pipe: Connection, parents: Connection, owners: dict[int, Owner], shared: _Shared) -> None:
     """A worker's life: it ends with its parent's end of the pipe, and leaves interrupts to the parent."""
     parents.close()
     _let_go(pipe.fileno())
@@ -142,9 +239,9 @@ def _work(pipe: Connection, parents: Connection, owners: dict[int, Owner]) -> No
             return
         if asked is None:
             return
-        arrays, errands = asked
-        for errand in errands:
-            pipe.send(_taken(owners[errand.owner], arrays, errand))
+        place, errand = asked
+        with contextlib.suppress(OSError):  # the parent is gone, which shows when the next errand is read
+            pipe.send(_taken(owners[errand.owner], shared, place, errand))
 
 
 def _let_go(kept: int) -> None:
@@ -155,12 +252,16 @@ def _let_go(kept: int) -> None:
                 os.close(int(name))
 
 
-def _taken(owner: Owner, arrays: Arrays, errand: Errand) -> Arrays | Exception:
+def _taken(owner: Owner, shared: _Shared, place: int, errand: Errand) -> Exception | None:
+    """Takes the steps and writes where they end; what went wrong instead."""
     try:
         randomness = owner.randomness(errand.server_round)
-        return owner.trainer.update(arrays, owner.records(), randomness, correction=errand.correction)
+        arrays = unfolded(shared.shapes, shared.rows[0])
+        after = owner.trainer.update(arrays, owner.records(), randomness, correction=errand.correction)
+        shared.put(place, after)
     except Exception as error:  # noqa: BLE001  # it goes to the parent, which is the owner's own process
         return RuntimeError(f"{type(error).__name__}: {error}")
+    return None
 
 
 class Apart:
@@ -178,10 +279,10 @@ class Apart:
             groups.setdefault(id(asked.arrays), []).append(place)
         for places in groups.values():
             errands = [
-                Errand(owner.index, asked.server_round, asked.correction)
+                # A cohort's steps end with the same bytes whether a worker was killed meanwhile or not.
+                Errand(owner.index, asked.server_round, asked.correction, again=0 if owner.mechanism.private else 2)
                 for asked, owner in (chosen[place] for place in places)
             ]
             results = self._workers(chosen[places[0]][0].arrays, errands)
-            for place, result in zip(places, results, strict=True):
-                found[place] = result if isinstance(result, Exception) else Taken.of(result)
+            found |= dict(zip(places, results, strict=True))
         return [found[place] for place in range(len(chosen))]

@@ -62,6 +62,7 @@ OPTIONS = {
     "adaptive": ("privacy.clip=adaptive",),
     "each": (),  # a ledger and a gate for each owner, as where owners are processes of their own
     "home": ("federated.partition=natural",),  # private data, whose ledgers are in $TACIT_HOME
+    "blocks": (),  # each payload is too large to wait for the others
     "thrifty": (),  # half the noise that is charged: what the comparison is there to notice
 }
 COUNTS = 2  # numbers of an evaluation; no model has as few parameters
@@ -121,6 +122,8 @@ class Run:
 
     def train(self, folder: Path) -> None:
         os.environ["TACIT_HOME"] = str(folder / "home")
+        if "blocks" in self.options:
+            client_app.CohortGate.much_bytes = 1
         if "home" in self.options:
             composition.task_of = private_task
         if "each" not in self.options:
@@ -227,12 +230,14 @@ class Witness:
                 self._write(left=digest(released))
             return released
 
-        def send_and_receive(grid, messages, **options):
-            replies = list(send(grid, messages, **options))
-            if self._unit != "client":  # there the server is the one who noises
-                for reply in filter(lambda reply: reply.has_content(), replies):
+        def noted(replies):
+            for reply in replies:
+                if self._unit != "client" and reply.has_content():  # there the server is the one who noises
                     self._write(left=digest(contents(reply)))
-            return replies
+                yield reply
+
+        def send_and_receive(grid, messages, **options):
+            return noted(send(grid, messages, **options))
 
         mechanism.Mechanism.noisy_average = noisy_average
         ServerCharge.release = server_release

@@ -84,7 +84,7 @@ _FAST_STEP = (
 )
 _SLOW_STEP = "            return mechanism.noisy_mean(self._gradients(batch), shapes, randomness)\n"
 _TWIN = 'type(mechanism)(**{**vars(mechanism), "twin": True, "noise_multiplier": 0.0})'
-_BIT_NOISE = "noise = self.mechanism.noise_on_count(self.clip.bit_noise, randomness)"
+_BIT_NOISE = "on_bits = self.mechanism.noise_on_count(self.clip.bit_noise, randomness)"
 _SUM_NOISE = "    return mechanism.noisy_mean(chunks, [torch.Size(shape)], randomness)[0]\n"
 _COHORT_COUNTS = "self.mechanism.noisy_average(shares, {_COUNTS: np.zeros(2, np.float32)}, randomness)"
 _GRID_ROWS = "        flat = (torch.cat([g.reshape(g.shape[0], -1) for g in chunk], dim=1) for chunk in chunks)\n"
@@ -155,7 +155,7 @@ _NO_NOISE = [
     ),
     Mutation("no noise", "local", _MECHANISM, _LOCAL_NOISE, "return clipped", _WHOLE_UPDATE),
     Mutation("no noise", "client", _MECHANISM, _CLIENT_NOISE, "        noised = total\n", _T_COHORTS),
-    Mutation("no noise", "client, bits of a learned clip", _COHORTS, _BIT_NOISE, "noise = 0.0", _LEARNED_CLIP),
+    Mutation("no noise", "client, bits of a learned clip", _COHORTS, _BIT_NOISE, "on_bits = 0.0", _LEARNED_CLIP),
     Mutation(
         "no noise",
         "record, a sum over records",
@@ -714,8 +714,8 @@ _NAN = [
         "a NaN record",
         "record, too large an input of the fast step",
         _PARTS,
-        "    return torch.where(squares.amax(1) < _LARGEST_NORM**2, norms, math.nan).float()[:, None]\n",
-        "    return norms.float()[:, None]\n",
+        "    return torch.where(squares.amax(1) < _LARGEST_NORM**2, norms, math.nan).float()[:, None].to(device)\n",
+        "    return norms.float()[:, None].to(device)\n",
         _T_SUMS,
     ),
     Mutation(
@@ -887,11 +887,35 @@ _ORDER = [
     ),
     Mutation(
         "send before fsync",
+        "replies before the commit",
+        "federated/grid.py",
+        "            self._transaction.commit()\n        while",
+        "            pass\n        while",
+        ("test_grid.py",),
+    ),
+    Mutation(
+        "send before fsync",
         "a cohort's replies before its commit",
         "federated/grid.py",
-        "            self._transaction.commit()\n",
-        "            pass\n",
+        "            self._transaction.commit()\n        return joint",
+        "            pass\n        return joint",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "send before fsync",
+        "each reply as soon as it is made",
+        "federated/grid.py",
+        "if self._transaction is None or self._transaction.commit_if_much():",
+        "if self._transaction is None or not self._transaction.commit_if_much():",
         ("test_grid.py",),
+    ),
+    Mutation(
+        "send before fsync",
+        "a large reply before its release",
+        _CLIENT,
+        "        self._settle()\n        return True\n",
+        "        return True\n",
+        _T_CLIENT,
     ),
     Mutation(
         "send before fsync",
@@ -1250,16 +1274,16 @@ _BESIDES = [
         "no noise",
         "owners whose steps are taken at once",
         "federated/cohort.py",
-        "return _noised(total, walks) if walks[0].mechanism.per_record else total",
-        "return total / walks[0].mechanism.normaliser if walks[0].mechanism.per_record else total",
+        "return _noised(total.cpu(), walks).to(self._device) if mechanism.per_record else total",
+        "return total / mechanism.normaliser if mechanism.per_record else total",
         ("test_cohort_steps.py",),
     ),
     Mutation(
         "reused seed",
         "one row of noise for all owners whose steps are taken at once",
         "federated/cohort.py",
-        "        flat = first.mechanism.noised([total.flatten()], first.randomness)[0]\n"
-        "        return flat.view_as(total)\n",
+        "        blocks = first.mechanism.noised(list(torch.split(total.flatten(), _NOISE_BLOCK)), first.randomness)\n"
+        "        return torch.cat(blocks).view_as(total)\n",
         "        noise = first.mechanism.noised([torch.zeros_like(total[0])], first.randomness)[0]\n"
         "        return total / first.mechanism.normaliser + noise\n",
         ("test_cohort_steps.py",),
@@ -1278,6 +1302,46 @@ _BESIDES = [
         "federated/stacked_model.py",
         "        if not bool((usable | ~present).all()):\n",
         "        if False:\n",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "a NaN record",
+        "owners whose steps are taken at once, a neighbour masked instead",
+        "federated/stacked_model.py",
+        "            fine = order.apart(usable)\n",
+        "            fine = usable.view_as(there)\n",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "per-layer clip for flat",
+        "owners whose steps are taken at once, layers before an activation in place",
+        "federated/stacked_model.py",
+        "    if out._is_view():",
+        "    if False:",
+        ("test_cohort_steps.py",),
+    ),
+    Mutation(
+        "a truncated batch",
+        "owners whose steps are taken at once, in pieces",
+        "federated/cohort_passes.py",
+        "        for start in range(0, self.there.shape[1], width):\n",
+        "        for start in range(0, min(width, self.there.shape[1]), width):\n",
+        ("test_cohort_passes.py",),
+    ),
+    Mutation(
+        "a truncated batch",
+        "owners whose steps are taken at once, filled up to too little",
+        "federated/cohort_passes.py",
+        "            places[row, : len(chosen)] = chosen\n            there[row, : len(chosen)] = True\n",
+        "            places[row, : len(chosen)] = chosen[:width]\n            there[row, : len(chosen) - 1] = True\n",
+        ("test_cohort_passes.py",),
+    ),
+    Mutation(
+        "per-layer clip for flat",
+        "owners whose steps are taken at once",
+        "federated/stacked_model.py",
+        "            norms = norm_from_above(parts, records=records, parameters=self.size)\n",
+        "            norms = norm_from_above(parts[:1], records=records, parameters=self.size)\n",
         ("test_cohort_steps.py",),
     ),
     Mutation(

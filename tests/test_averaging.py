@@ -1,5 +1,8 @@
 """Averaging, and the strategy that asks owners and combines what they answer."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
@@ -7,13 +10,9 @@ from flwr.clientapp import ClientApp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacit.federated.averaging import (
-    FederatedAveraging,
-    from_record,
-    mean,
-    to_record,
-)
+from tacit.federated.averaging import FederatedAveraging, from_record, to_record
 from tacit.federated.evaluation import Evaluations, evaluation_mechanism
+from tacit.federated.folding import mean
 from tacit.federated.grid import InProcessGrid
 from tacit.federated.mechanism import Mechanism
 from tacit.federated.server_optimizer import ServerOptimizer
@@ -78,9 +77,9 @@ def test_every_node_gets_the_model_and_the_round(grid):
 
 
 def test_the_order_in_which_replies_arrive_changes_no_bit(grid):
-    """1e17 - 1e17 + 1 is 1, 1e17 + 1 - 1e17 is 0: in float64 the order decides, so it is the owners' own."""
+    """Sums of float32 values are exact in float64 as long as a coordinate's values lie within 2^29 of each other."""
     results = []
-    updates = [{"w": np.full(2, value, np.float32)} for value in (1e17, -1e17, 1.0)]
+    updates = [{"w": np.float32([value, 1.0 / value])} for value in (3e7, -3e7, 0.7)]
     for order in ([0, 1, 2], [2, 0, 1], [0, 2, 1]):
         strategy = FederatedAveraging(rounds=4, optimizer=ServerOptimizer(name="momentum", learning_rate=0.5))
         messages = list(strategy.configure_train(1, to_record({"w": np.zeros(2, np.float32)}), ConfigRecord({}), grid))
@@ -89,6 +88,24 @@ def test_the_order_in_which_replies_arrive_changes_no_bit(grid):
         results.append([array.tobytes() for array in from_record(record).values()])
         assert dict(metrics) == {"clients": 3}
     assert results[0] == results[1] == results[2]
+
+
+def test_a_stream_of_replies_is_folded_and_none_of_them_is_kept(grid):
+    """Peak memory while 40 replies come is that of 4: the sum, and a reply at a time."""
+    model = {f"layer{n}": np.ones(65_536, np.float32) for n in range(4)}  # 1 MB
+    peaks = []
+    for count in (4, 40):
+        strategy = FederatedAveraging(rounds=1)
+        (message, *_) = strategy.configure_train(1, to_record(model), ConfigRecord({}), grid)
+        stream = (replies_of([message], [model], [owner])[0] for owner in range(count))
+        gc.collect()
+        tracemalloc.start()
+        record, _ = strategy.aggregate_train(1, stream)
+        peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
+        close(from_record(record), model)
+    assert peaks[1] < peaks[0] + 0.1
+    assert peaks[1] < 5.5  # two for the sum, one for the reply, two that this test makes of it
 
 
 def test_error_replies_are_left_out_and_a_round_without_any_update_gives_nothing(grid):

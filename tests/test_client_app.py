@@ -3,6 +3,7 @@
 Training and evaluation are two questions behind the same door: what must hold for one is tried on both.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from safetensors.numpy import save
 from torch import nn
 
 from tacit.federated import client_app
@@ -284,6 +286,21 @@ def test_what_a_cohort_was_granted_and_did_not_use_is_a_failure(tmp_path):
     federation.gate.commit()
     account = federation.ledger.accounts["owner-0", "digits"]
     assert (account.reserved, account.failed) == (1, 1)
+    federation.close()
+
+
+def test_a_reply_that_is_too_large_to_wait_leaves_after_a_release_of_its_own(tmp_path):
+    federation = Federation(tmp_path, owners=3)
+    federation.gate.much_bytes = 1
+    messages = [federation.message(node, 1, START) for node in (2, 3, 4)]
+    for left, reply in enumerate(federation.grid.send_and_receive(messages), 1):
+        lines = [json.loads(line) for line in federation.ledger_of(0).read_text().splitlines()]
+        released = [line["payload"] for line in lines if line["kind"] == "release"]
+        assert (len(released), len(federation.events)) == (left, left)
+        assert hashlib.sha256(save(from_record(reply.content["arrays"]))).hexdigest() == released[-1]
+    again = federation.grid.send_and_receive(messages)
+    assert all(reply.has_content() for reply in again)
+    assert len(federation.events) == 3  # replayed
     federation.close()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from tacit.federated.mechanism import Mechanism
 from tacit.federated.model_arrays import write_arrays
 from tacit.federated.models import FAMILIES, build_family
 from tacit.federated.noise import SecretGenerator, SeededGenerator
-from tacit.federated.stacked_model import StackedModel, unstackable_layers
+from tacit.federated.stacked_layers import unstackable_layers
+from tacit.federated.stacked_model import StackedModel
 from tacit.federated.task import Records
 from tacit.federated.train import LocalTrainer
-from tacit.federated.workers import Errand, WorkerDied, Workers
 
 SHAPES = {"conv1d": (3, 16), "gru": (3, 8), "lstm": (3, 8), "transformer": (3, 16)}
 TASK = find_task("digits")
@@ -63,7 +62,10 @@ def loss(outputs, targets):
 def test_each_clients_sum_is_that_of_plain_autograd_with_its_own_weights(family):
     shape = SHAPES.get(family, (1, 12, 12))
     torch.manual_seed(0)
-    model = build_family({"family": family}, shape=shape, outputs=4).train()
+    agree_with_autograd(build_family({"family": family}, shape=shape, outputs=4).train(), shape)
+
+
+def agree_with_autograd(model, shape):
     assert unstackable_layers(model) == []
     flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     weights = flat + 0.02 * torch.randn(3, len(flat))
@@ -82,6 +84,29 @@ def test_each_clients_sum_is_that_of_plain_autograd_with_its_own_weights(family)
             wanted += gradient * min(1.0, 0.3 / float(gradient.norm()))
         torch.testing.assert_close(clipped[client], wanted, atol=2e-5, rtol=1e-3)
         torch.testing.assert_close(summed[client], wanted_sum, atol=2e-5, rtol=1e-3)
+
+
+def in_place(*layers, outputs):
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(outputs, 4)), (1, 8, 8)
+
+
+IN_PLACE = {
+    "after a product": lambda: in_place(torch.nn.Linear(8, 6), torch.nn.ReLU(inplace=True), outputs=48),
+    "after a convolution": lambda: in_place(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(inplace=True), outputs=288),
+    "after a group's norm": lambda: in_place(
+        torch.nn.Conv2d(1, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.ReLU(inplace=True), outputs=288
+    ),
+    "after a layer's norm": lambda: in_place(
+        torch.nn.Linear(8, 6), torch.nn.LayerNorm(6), torch.nn.ReLU(inplace=True), outputs=48
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_activation_in_place_hides_no_layer_from_the_norm(name):
+    torch.manual_seed(0)
+    model, shape = IN_PLACE[name]()
+    agree_with_autograd(model, shape)
 
 
 @pytest.mark.parametrize("mechanism", [MECHANISM, PLAIN, replace(MECHANISM, unit="none", noise_multiplier=0.0)])
@@ -107,7 +132,7 @@ def test_steps_at_once_are_those_one_by_one(mechanism, optimizer):
 
 
 def test_a_cohort_larger_than_a_pass_is_taken_in_passes(monkeypatch):
-    from tacit.federated import cohort
+    from tacit.federated import cohort_passes
 
     start, rule = write_arrays(make_model()), LocalRule(learning_rate=0.1)
     held = [records(9, seed) for seed in range(7)]
@@ -120,7 +145,7 @@ def test_a_cohort_larger_than_a_pass_is_taken_in_passes(monkeypatch):
         return CohortSteps(TASK, make_model(), rule, batch_rate=0.5)(walks)
 
     whole = rows()
-    monkeypatch.setattr(cohort, "_PASS_BYTES", 1)
+    monkeypatch.setattr(cohort_passes, "_PASS_BYTES", 1)
     torch.testing.assert_close(rows(), whole)
 
 
@@ -299,78 +324,3 @@ def test_an_owner_whose_records_cannot_be_read_fails_alone_and_is_charged(tmp_pa
         **{f"owner-0{n}": (2, 0) for n in (0, 1, 3)},
         "owner-02": (0, 2),
     }
-
-
-# In several processes. JAX, which another test of the session may have loaded, warns at a fork.
-
-forks = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-
-
-@forks
-@pytest.mark.parametrize(
-    ("settings", "seed"),
-    [
-        (["privacy.unit=none"], None),
-        (["privacy.unit=none", "federated.strategy=scaffold"], None),
-        (["privacy.unit=none", "federated.strategy=fedbuff"], None),
-        (["privacy.noise_multiplier=1.0"], 3),
-    ],
-)
-def test_workers_end_with_the_same_bytes_as_one_process(tmp_path: Path, settings, seed):
-    one, rows = trained(tmp_path, "sequential", *MLP, *settings, seed=seed)
-    other, other_rows = trained(tmp_path, "workers", *MLP, *settings, seed=seed)
-    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
-    assert rows == other_rows
-
-
-class Steady:
-    """An owner of which workers need no more than this."""
-
-    def __init__(self, index, behave):
-        self.index, self.behave, self.trainer = index, behave, self
-
-    def records(self):
-        return records(1)
-
-    def randomness(self, server_round):
-        return SeededGenerator(server_round)
-
-    def update(self, arrays, held, randomness, *, correction):
-        self.behave()
-        return {"w": arrays["w"] + self.index}
-
-
-@forks
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_answers_come_in_the_order_asked_whatever_the_number_of_workers(count):
-    workers = Workers([Steady(n, lambda: None) for n in range(7)], count=count)
-    arrays = {"w": np.zeros(200_000, np.float32)}  # more than a pipe holds
-    answers = workers(arrays, [Errand(n, 1) for n in (3, 0, 6, 2, 5)])
-    assert [float(answer["w"][0]) for answer in answers] == [3.0, 0.0, 6.0, 2.0, 5.0]
-    workers.close()
-
-
-@forks
-def test_a_worker_that_is_killed_loses_its_own_errands_and_is_replaced():
-    owners = [Steady(n, (lambda: os.kill(os.getpid(), 9)) if n == 1 else lambda: None) for n in range(4)]
-    workers = Workers(owners, count=2)
-    arrays = {"w": np.zeros(2, np.float32)}
-    answers = workers(arrays, [Errand(n, 1) for n in (0, 1, 2, 3)])
-    assert [isinstance(answer, WorkerDied) for answer in answers] == [False, True, False, True]
-    again = workers(arrays, [Errand(n, 2) for n in (0, 2, 3)])
-    assert [float(answer["w"][0]) for answer in again] == [0.0, 2.0, 3.0]
-    workers.close()
-
-
-@forks
-def test_an_exception_in_a_worker_is_that_owners_alone():
-    workers = Workers([Steady(n, (lambda: 1 / 0) if n == 1 else lambda: None) for n in range(3)], count=2)
-    answers = workers({"w": np.zeros(2, np.float32)}, [Errand(n, 1) for n in range(3)])
-    assert ["ZeroDivisionError" in str(answer) for answer in answers] == [False, True, False]
-    workers.close()
-
-
-@pytest.mark.parametrize("settings", [["privacy.unit=client"], ["federated.strategy=fedavg", "federated.codec=top-k"]])
-def test_what_workers_cannot_do_is_refused(tmp_path: Path, settings):
-    with pytest.raises(RecipeRefused, match="engine='sequential'"):
-        trained(tmp_path, "workers", *MLP, *settings)

@@ -74,17 +74,25 @@ CLIENT_KILLS = [
     "server.after_noise:3",
     "server.before_checkpoint:2",
 ]
+# Each reply leaves by itself: the second round's first release is the sixth write, its second owner the fifth to read.
+BLOCK_KILLS = ["chain.before_fsync:6", "client.before_records:5", "ledger.after_outbox:4", "cohort.before_commit:2"]
 LOCAL_KILLS = ["client.after_training:5", "ledger.after_outbox:2", "client.after_training:8"]
 # Three processes die in the second round, each while its second owner is about to read.
 THRICE = "client.before_records:5=kill,client.before_records:2=kill,client.before_records:2=kill"
 THRICE_EVALUATING = THRICE.replace(":5", ":8")
 
-RECORD, EVALUATING, CLIENT, LOCAL = "record", "record+evaluate", "client+adaptive+evaluate", "local+evaluate"
+RECORD, BLOCKS, EVALUATING, CLIENT, LOCAL = (
+    "record",
+    "record+blocks",
+    "record+evaluate",
+    "client+adaptive+evaluate",
+    "local+evaluate",
+)
 THRIFTY = "record+thrifty"
 
 # What the matrix goes through, by unit; a failpoint's seeds are dealt out among the setups.
 SETUPS = {
-    "record": ["record", "record+hardened+evaluate", "record+each+evaluate", "record+home+evaluate"],
+    "record": ["record", "record+hardened+evaluate", "record+each+evaluate", "record+home+evaluate+blocks"],
     "client": ["client+evaluate", "client+adaptive+evaluate", "client+hardened", "client+home"],
     "local": ["local", "local+hardened+evaluate", "local+each+evaluate", "local+home+evaluate"],
 }
@@ -97,6 +105,7 @@ def kills(points: list[str]) -> list[str]:
 
 QUICK = {
     RECORD: [*kills(KILLS), CHECKPOINT, HISTORY, WEIGHTS, *FAILURES, THRICE],
+    BLOCKS: kills(BLOCK_KILLS),
     EVALUATING: [*kills(EVALUATION_KILLS), THRICE_EVALUATING],
     CLIENT: kills(CLIENT_KILLS),
     LOCAL: kills(LOCAL_KILLS),

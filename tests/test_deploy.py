@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -134,6 +135,32 @@ def test_no_placeholder_is_left_and_scripts_are_shell(written):
     for script in [*written.rglob("*.sh"), written / "owners" / "anna" / "bin" / "flwr-clientapp"]:
         assert os.access(script, os.X_OK)
         subprocess.run(["sh", "-n", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+def test_systemd_finds_nothing_wrong_with_the_units(folder):
+    for unit, there in (
+        (folder / "server" / "tacit-superlink.service", "/srv/tacit/server"),
+        (folder / "owners" / "anna" / "tacit-supernode.service", "/srv/tacit/anna"),
+    ):
+        unit.write_text(unit.read_text().replace(there, str(unit.parent)))
+        done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        unit.write_text(unit.read_text().replace("Restart=on-failure", "Restart=sometimes"))
+        done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+        assert "sometimes" in done.stderr  # it does look
+
+
+def test_compose_files_run_scripts_that_are_there_with_the_servers_port(written):
+    server = yaml.safe_load((written / "server" / "compose.yaml").read_text())["services"]["superlink"]
+    port = read_deployment(written).port
+    assert server["ports"] == [f"{port}:{port}"]
+    node = yaml.safe_load((written / "owners" / "anna" / "compose.yaml").read_text())["services"]["supernode"]
+    for service, place in ((server, written / "server"), (node, written / "owners" / "anna")):
+        mounted = dict(volume.split(":")[:2] for volume in service["volumes"])
+        assert mounted["./"] == "/srv/tacit"
+        (command,) = service["command"]
+        assert (place / Path(command).relative_to("/srv/tacit")).is_file()
 
 
 def test_a_template_policy_accepts_its_own_recipe_and_nothing_weaker(written):

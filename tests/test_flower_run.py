@@ -8,8 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from tacit.edge.flower_app import train_in_process
+from tacit.edge.recipe import load_recipe
 from tacit.federated.accounts import read_ledger
 
 ROUNDS, OWNERS = 3, 3
@@ -26,11 +30,38 @@ def _free_port() -> int:
 @pytest.mark.soak
 @pytest.mark.timeout(280)
 def test_flwr_run_trains_under_each_owners_own_ledger(tmp_path: Path) -> None:
+    out = _flwr_run(tmp_path, f"[federated]\nrounds = {ROUNDS}\nowners = {OWNERS}\nevaluate_every = 2\n")
+    ledgers = sorted(out.glob("owners/*/ledger.jsonl"))
+    assert len(ledgers) == OWNERS
+    for ledger in ledgers:
+        (account,), _, _ = read_ledger(ledger)
+        assert (account.reserved, account.released) == (ROUNDS + 2, ROUNDS + 2)  # evaluated after rounds 2 and 3
+    rows = [json.loads(line) for line in (out / "train" / "rounds.jsonl").read_text().splitlines()]
+    assert [len((row["owners_accuracy"] or {}).get("by_owner", {})) for row in rows] == [0, OWNERS, OWNERS]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("engine", ["sequential", "workers"])
+def test_ray_and_one_process_give_the_same_model(tmp_path: Path, engine: str) -> None:
+    table = f'[federated]\nrounds = {ROUNDS}\nowners = {OWNERS}\nengine = "{engine}"\n[privacy]\nunit = "none"\n'
+    out = _flwr_run(tmp_path, table)
+    train_in_process(load_recipe(tmp_path / "recipe.toml"), tmp_path / "here", run="r", report=lambda row: None)
+    theirs = load_file(out / "train" / "weights.safetensors")
+    ours = load_file(tmp_path / "here" / "train" / "weights.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name in ours:
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert any(np.abs(array).max() > 0.01 for array in ours.values())
+
+
+def _flwr_run(tmp_path: Path, table: str) -> Path:
+    """Runs the example under a SuperLink with Ray; returns the folder of the run."""
     pytest.importorskip("ray", reason="needs the extra: simulation")
     port = _free_port()
     (tmp_path / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
-    recipe.write_text(f"[federated]\nrounds = {ROUNDS}\nowners = {OWNERS}\nevaluate_every = 2\n")
+    recipe.write_text(table)
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -58,13 +89,7 @@ def test_flwr_run_trains_under_each_owners_own_ledger(tmp_path: Path) -> None:
         superlink.terminate()
         superlink.wait(30)
     assert (out / "train" / "weights.safetensors").is_file(), done.stdout + done.stderr
-    ledgers = sorted(out.glob("owners/*/ledger.jsonl"))
-    assert len(ledgers) == OWNERS
-    for ledger in ledgers:
-        (account,), _, _ = read_ledger(ledger)
-        assert (account.reserved, account.released) == (ROUNDS + 2, ROUNDS + 2)  # evaluated after rounds 2 and 3
-    rows = [json.loads(line) for line in (out / "train" / "rounds.jsonl").read_text().splitlines()]
-    assert [len((row["owners_accuracy"] or {}).get("by_owner", {})) for row in rows] == [0, OWNERS, OWNERS]
+    return out
 
 
 def _wait_for(port: int) -> None:

@@ -66,8 +66,12 @@ def test_a_client_that_raises_is_an_error_reply_and_the_others_go_on():
 class Recorded:
     """A transaction that writes down when it is called."""
 
-    def __init__(self, fails=False):
-        self.events, self.fails = [], fails
+    def __init__(self, fails=False, much=False):
+        self.events, self.fails, self.much = [], fails, much
+
+    def commit_if_much(self):
+        self.events.append("look")
+        return self.much
 
     def begin(self, work):
         self.events.append(("begin", [context.node_id for _, context in work]))
@@ -83,7 +87,38 @@ def test_a_transaction_wraps_each_cohort():
     grid = make_grid(transaction=transaction)
     for _ in range(2):
         assert len(list(grid.send_and_receive([message(grid, node) for node in (2, 3, 4)]))) == 3
-    assert transaction.events == [("begin", [2, 3, 4]), "commit"] * 2
+    assert transaction.events == [("begin", [2, 3, 4]), "look", "look", "look", "commit"] * 2
+
+
+def noting_app(ran):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        ran.append(context.node_id)
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
+def test_a_client_runs_when_its_reply_is_due_where_nothing_waits_for_the_others():
+    for transaction in (None, Recorded(much=True)):
+        ran = []
+        contexts = {n: Context(1, n, {}, RecordDict(), {}) for n in (2, 3)}
+        grid = InProcessGrid(noting_app(ran), contexts, transaction)
+        replies = iter(grid.send_and_receive([message(grid, 2), message(grid, 3)]))
+        assert ran == []
+        assert next(replies).has_content()
+        assert ran == [2]
+        assert (len(list(replies)), ran) == (1, [2, 3])
+
+
+def test_what_waits_for_its_commit_is_not_seen_before():
+    ran, transaction = [], Recorded()
+    contexts = {n: Context(1, n, {}, RecordDict(), {}) for n in (2, 3)}
+    grid = InProcessGrid(noting_app(ran), contexts, transaction)
+    next(iter(grid.send_and_receive([message(grid, 2), message(grid, 3)])))
+    assert (ran, transaction.events[-1]) == ([2, 3], "commit")
 
 
 def test_no_reply_is_seen_when_the_transaction_fails_to_commit():

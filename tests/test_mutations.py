@@ -18,7 +18,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 from mutations import BESIDES, BUGS, MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = (".venv", ".git", "runs", "dist", "build", "__pycache__", ".*_cache", ".hypothesis", ".benchmarks", ".peers")
+LEFT_OUT = (
+    ".venv*",
+    ".git",
+    "runs",
+    "dist",
+    "build",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    ".benchmarks",
+    ".peers",
+)
 CONTROL = "control"
 # A change that raises one of these was written wrongly: it would be noticed by anything.
 BROKEN = re.compile(r"\b(NameError|UnboundLocalError|ImportError|ModuleNotFoundError|SyntaxError|IndentationError)\b")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tacit.federated.averaging import mean
+from tacit.federated.folding import Answer, bounded, combined, fairly, mean
 from tacit.federated.robust import (
     RULES,
     aggregate,
@@ -18,7 +18,6 @@ from tacit.federated.robust import (
     median,
     multi_krum,
     norm_bounded_mean,
-    q_ffl_step,
     trimmed_mean,
 )
 from tacit.federated.stacked import checked_weights, count_clients
@@ -172,6 +171,14 @@ def test_a_bounded_mean_moves_by_the_scaled_steps(clients, seed, bound):
     assert np.linalg.norm(flat(made) - flat(centre)) <= bound + 1e-5
 
 
+@given(st.integers(1, 9), SEEDS, st.floats(0.01, 10.0))
+def test_a_bounded_mean_is_the_same_one_by_one(clients, seed, bound):
+    stacked = stack(clients, seed)
+    centre = centre_of(stacked)
+    answers = [Answer(owner=c, arrays={n: a[c] for n, a in stacked.items()}) for c in range(clients)]
+    close(combined(bounded(bound), centre, answers), flat(norm_bounded_mean(stacked, centre, bound=bound)))
+
+
 @given(st.integers(1, 9), SEEDS)
 def test_without_a_bound_the_cohorts_median_norm_is_it(clients, seed):
     stacked = stack(clients, seed)
@@ -185,6 +192,14 @@ def test_clients_that_did_not_move_are_not_divided_by_zero():
     stacked = {name: np.stack([array] * 3) for name, array in centre.items()}
     close(norm_bounded_mean(stacked, centre, bound=None), flat(centre))
     close(q_ffl_step(centre, stacked, [0.0] * 3, q=2.0, learning_rate=0.1), flat(centre))
+
+
+def q_ffl_step(centre, stacked, losses, *, q, learning_rate):
+    answers = [
+        Answer(owner=owner, arrays={name: array[owner] for name, array in stacked.items()}, loss=loss)
+        for owner, loss in enumerate(losses)
+    ]
+    return combined(fairly(q, learning_rate), centre, answers)
 
 
 @given(st.integers(1, 6), SEEDS, st.sampled_from([0.0, 0.5, 1.0, 3.0]))
@@ -310,7 +325,7 @@ def test_a_rule_holds_blocks_and_not_another_copy_of_all_models():
         ("expected arrays of one number of clients", lambda s: median({**s(3), "more": s(4)["w"]})),
         ("expected arrays of one number of clients", lambda s: median({})),
         ("expected at least 1 clients", lambda s: median(s(0))),
-        ("a finite loss", lambda s: q_ffl_step(centre_of(s(2)), s(2), [1.0], q=1.0, learning_rate=1.0)),
+        ("a finite loss", lambda s: q_ffl_step(centre_of(s(2)), s(2), [1.0, None], q=1.0, learning_rate=1.0)),
         ("a finite loss", lambda s: q_ffl_step(centre_of(s(2)), s(2), [1.0, -1.0], q=1.0, learning_rate=1.0)),
         ("got q=-1.0", lambda s: q_ffl_step(centre_of(s(1)), s(1), [1.0], q=-1.0, learning_rate=1.0)),
         ("got learning_rate=0.0", lambda s: q_ffl_step(centre_of(s(1)), s(1), [1.0], q=1.0, learning_rate=0.0)),

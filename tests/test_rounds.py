@@ -11,9 +11,10 @@ from flwr.serverapp.strategy import FedAvg
 
 from tacit.federated.admission import FrontDoor, schema
 from tacit.federated.averaging import FederatedAveraging, from_record, to_record
+from tacit.federated.doors import Doors
 from tacit.federated.grid import InProcessGrid, quiet_flower
 from tacit.federated.roster import Roster
-from tacit.federated.rounds import Doors, FederationFailed, RoundReport, run_rounds, wait_for
+from tacit.federated.rounds import FederationFailed, RoundReport, run_rounds, wait_for
 
 START = {"w": np.zeros(3, np.float32)}
 

@@ -13,8 +13,8 @@ from tacit.edge.planning import planned
 from tacit.edge.recipe import Recipe, RecipeRefused, load_recipe
 from tacit.federated.accounting import reported_epsilon
 from tacit.federated.accounts import read_ledger
-from tacit.federated.averaging import mean
 from tacit.federated.clipping import update_norm
+from tacit.federated.folding import mean
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
 from tacit.federated.noise import SeededGenerator
 from tacit.federated.task import DataProblem

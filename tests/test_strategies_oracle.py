@@ -410,7 +410,7 @@ def kept(folder, index, what):
 
 @pytest.mark.parametrize("bug", ["sign of the correction", "c_i forgotten", "c of the cohort alone"])
 def test_the_oracle_notices_a_wrong_scaffold(bug, monkeypatch, tmp_path):
-    correction, take = ControlVariates.correction, ControlVariates.take
+    correction, begin = ControlVariates.correction, ControlVariates.begin
 
     def flipped(self, owner, like):
         return {name: np.negative(array) for name, array in correction(self, owner, like).items()}
@@ -418,10 +418,10 @@ def test_the_oracle_notices_a_wrong_scaffold(bug, monkeypatch, tmp_path):
     def forgetful(self, owner, like):
         return correction(self, None, like)
 
-    def of_cohort(self, before, answers):
-        self.owners = len(answers)
-        take(self, before, answers)
+    def of_cohort(self, before):
+        self.owners = 3
+        return begin(self, before)
 
     wrong = {"sign of the correction": ("correction", flipped), "c_i forgotten": ("correction", forgetful)}
-    monkeypatch.setattr(ControlVariates, *wrong.get(bug, ("take", of_cohort)))
+    monkeypatch.setattr(ControlVariates, *wrong.get(bug, ("begin", of_cohort)))
     assert distance(trained(tmp_path, {"strategy": "scaffold", "cohort": 3}), scaffold(3)) > 100 * TOLERANCE
