@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test soak peers clean
+.PHONY: demo test soak peers web clean
 
 demo: .venv/.demo
 	@test ! -e "$(OUT)" -o -e "$(OUT)/run.json" || { echo "error: $(OUT) is not a run folder; name another OUT" >&2; exit 2; }
@@ -55,6 +55,30 @@ peers: .venv-peers/.peers
 	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 numpy
 	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check 'pfl[pytorch]==0.6.0'
 	@touch $@
+
+# The runtimes that a browser runs, pinned by content; git ignores them, a wheel built afterwards holds them.
+web: devices/web/vendor/versions.json
+
+VENDORED := onnxruntime-web@1.30.0 @litertjs/core@2.5.3 @litertjs/wasm-utils@2.5.3
+define VENDORED_SHA256
+a97660833e9e7e1063c95e12016718881240b14f7438728a2f62785e912d30fd  litertjs-core-2.5.3.tgz
+ce2a1f8379c067be49e59752e5a7f40db6be09f6e497f0f11e59f17b515366a7  litertjs-wasm-utils-2.5.3.tgz
+d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71  onnxruntime-web-1.30.0.tgz
+endef
+export VENDORED_SHA256
+
+devices/web/vendor/versions.json: Makefile
+	@command -v npm >/dev/null || { echo "error: npm not found; install it (Debian: apt-get install npm)" >&2; exit 7; }
+	@rm -rf devices/web/vendor devices/web/.packed
+	@mkdir -p devices/web/.packed devices/web/vendor/onnxruntime-web devices/web/vendor/litert/wasm
+	@cd devices/web/.packed && npm pack --silent $(VENDORED) >/dev/null && sha256sum --quiet -c <<<"$$VENDORED_SHA256"
+	@cd devices/web/.packed && for name in *.tgz; do mkdir "$${name%.tgz}" && tar -xzf "$$name" -C "$${name%.tgz}" --strip-components=1; done
+	@cd devices/web/.packed/onnxruntime-web-1.30.0/dist && cp ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm ../../../vendor/onnxruntime-web
+	@cd devices/web/.packed && cp litertjs-core-2.5.3/wasm/litert_wasm_{,compat_}internal.{js,wasm} ../vendor/litert/wasm
+	@cd devices/web/.packed && cp litertjs-wasm-utils-2.5.3/dist/index.js ../vendor/litert/wasm-utils.js
+	@cd devices/web/.packed && sed 's|"@litertjs/wasm-utils"|"./wasm-utils.js"|' litertjs-core-2.5.3/dist/index.js > ../vendor/litert/index.js
+	@rm -rf devices/web/.packed
+	@echo '{"onnxruntime-web": "1.30.0", "LiteRT.js": "2.5.3"}' > $@
 
 clean:
 	rm -rf .venv .venv-peers runs dist build .mypy_cache .ruff_cache

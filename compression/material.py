@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from tacit.devices.interface import Interface
+
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Score = Callable[[nn.Module], float]
 # What a model answers with: logits, of which the largest counts, or numbers that count as they are.
@@ -41,6 +43,7 @@ class Material:
         score: `score(model)`, higher is better, on data that cost nothing; for passes that search.
         answers: "classes" for logits; "values" for a regression or a reconstruction.
         private: The charged door to the owners' records; None keeps it shut.
+        interface: What is done to inputs before the model and to its outputs after; for variants that hold it inside.
     """
 
     example_inputs: torch.Tensor
@@ -49,6 +52,7 @@ class Material:
     score: Score | None = None
     private: PrivateData | None = None
     answers: Answers = "classes"
+    interface: Interface | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, types and values at the door.

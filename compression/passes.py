@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from tacit.compression.distill import distill
+from tacit.compression.forms import FORMS, Label
 from tacit.compression.material import Material
 from tacit.compression.plan import Plan, compose
 from tacit.compression.prune import prune
 
 DataUse = Literal["none", "public", "private"]
-Label = Literal["float32", "dynamic-range int8", "static int8 (float I/O)"]
+Value = int | float | str
 Progress = Callable[[str, int, int], None]
 
 _STRENGTH: tuple[DataUse, ...] = ("none", "public", "private")
-_LABELS: dict[str, Label] = {"dynamic_int8": "dynamic-range int8", "static_int8": "static int8 (float I/O)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Pass:
     """One step of a variant.
 
     Attributes:
-        name: "prune", "distill", "dynamic_int8" or "static_int8".
+        name: "prune", "distill", or a form of `forms.FORMS` other than float32.
         parameters: Every parameter, defaults filled in.
         data_use: "none" for weights only, "public" for public data; "private" is an access that must be charged.
     """
 
     name: str
-    parameters: Mapping[str, int | float] = field(default_factory=dict)
+    parameters: Mapping[str, Value] = field(default_factory=dict)
     data_use: DataUse = "none"
 
     def __post_init__(self) -> None:
@@ -49,9 +49,9 @@ class Pass:
             raise ValueError(
                 f"expected name to be one of {', '.join(_KNOWN)}, got name={self.name!r}{_hint(self.name, _KNOWN)}"
             )
-        if self.data_use != _KNOWN[self.name][0]:
+        if self.data_use != _data_use(self.name, self.parameters):
             raise ValueError(
-                f"expected data_use={_KNOWN[self.name][0]!r} for the pass {self.name!r}, got "
+                f"expected data_use={_data_use(self.name, self.parameters)!r} for the pass {self.name!r}, got "
                 f"data_use={self.data_use!r}; build passes with parse_passes"
             )
 
@@ -84,7 +84,15 @@ class _Parameter:
     open_ends: bool = True  # the ends themselves are refused
 
 
-_Parameters = Mapping[str, _Parameter]
+@dataclass(frozen=True)
+class _Choice:
+    default: str
+    among: tuple[str, ...]
+
+
+_Parameters = Mapping[str, _Parameter | _Choice]
+# Synthetic inputs are made from the model alone, so what they calibrate tells of nobody's records.
+_CALIBRATION = {"calibration": _Choice("public", ("public", "synthetic"))}
 _KNOWN: Mapping[str, tuple[DataUse, _Parameters]] = MappingProxyType(
     {
         "prune": (
@@ -102,8 +110,11 @@ _KNOWN: Mapping[str, tuple[DataUse, _Parameters]] = MappingProxyType(
                 "temperature": _Parameter(2.0, 0.0, 100.0),
             },
         ),
-        "dynamic_int8": ("none", {}),
-        "static_int8": ("public", {}),
+        **{
+            name: ("public", _CALIBRATION) if form.calibrated else ("none", {})
+            for name, form in FORMS.items()
+            if name != "float32"
+        },
     }
 )
 
@@ -127,7 +138,7 @@ def parse_passes(entries: Iterable[Mapping[str, object]]) -> tuple[Pass, ...]:
     """
     passes = tuple(_parse_pass(entry) for entry in entries)
     for position, step in enumerate(passes):
-        if step.name in _LABELS and position != len(passes) - 1:
+        if step.name in FORMS and position != len(passes) - 1:
             raise ValueError(
                 f"expected a quantisation pass to be the last and only one, got {step.name!r} at position "
                 f"{position + 1} of {len(passes)}; move it to the end"
@@ -142,7 +153,17 @@ def label_of(passes: Sequence[Pass]) -> Label:
         >>> label_of(parse_passes([{"name": "dynamic_int8"}]))
         'dynamic-range int8'
     """
-    return _LABELS.get(passes[-1].name, "float32") if passes else "float32"
+    return FORMS[form_of(passes)].label
+
+
+def form_of(passes: Sequence[Pass]) -> str:
+    """Return the form that these passes end in, by its name in `forms.FORMS`.
+
+    Example:
+        >>> form_of(parse_passes([{"name": "prune", "ratio": 0.5}]))
+        'float32'
+    """
+    return passes[-1].name if passes and passes[-1].name in FORMS else "float32"
 
 
 def strongest_data_use(passes: Iterable[Pass]) -> DataUse:
@@ -234,8 +255,8 @@ def apply_passes(
                 require_public(step, material),
                 seed=seed,
                 epochs=int(step.parameters["epochs"]),
-                learning_rate=step.parameters["learning_rate"],
-                temperature=step.parameters["temperature"],
+                learning_rate=float(step.parameters["learning_rate"]),
+                temperature=float(step.parameters["temperature"]),
                 answers=material.answers,
                 progress=progress,
             )
@@ -247,7 +268,7 @@ def _prune(shaped: Shaped, step: Pass, material: Material) -> Shaped:
     smaller, plan, _ = prune(
         shaped.model,
         material.example_inputs,
-        ratio=step.parameters["ratio"],
+        ratio=float(step.parameters["ratio"]),
         round_to=int(step.parameters["round_to"]),
     )
     return replace(shaped, model=smaller.eval(), plan=compose(shaped.plan, plan))
@@ -257,7 +278,7 @@ def _parse_pass(entry: Mapping[str, object]) -> Pass:
     name = entry.get("name")
     if not isinstance(name, str) or name not in _KNOWN:
         raise ValueError(f"expected name to be one of {', '.join(_KNOWN)}, got name={name!r}{_hint(name, _KNOWN)}")
-    data_use, known = _KNOWN[name]
+    known = _KNOWN[name][1]
     for key in entry:
         if key != "name" and key not in known:
             raise ValueError(
@@ -265,11 +286,19 @@ def _parse_pass(entry: Mapping[str, object]) -> Pass:
                 f"{_hint(key, known)}"
             )
     parameters = {key: _parse_value(name, key, entry.get(key, known[key].default)) for key in known}
-    return Pass(name=name, parameters=MappingProxyType(parameters), data_use=data_use)
+    return Pass(name=name, parameters=MappingProxyType(parameters), data_use=_data_use(name, parameters))
 
 
-def _parse_value(name: str, key: str, value: object) -> int | float:
+def _data_use(name: str, parameters: Mapping[str, Value]) -> DataUse:
+    return "none" if parameters.get("calibration") == "synthetic" else _KNOWN[name][0]
+
+
+def _parse_value(name: str, key: str, value: object) -> Value:
     known = _KNOWN[name][1][key]
+    if isinstance(known, _Choice):
+        if value not in known.among:
+            raise ValueError(f"expected {key} to be one of {', '.join(known.among)}, got {key}={value!r}; choose one")
+        return str(value)
     kind = "a whole number" if known.whole else "a number"
     span = f"{known.low:g} < {key} < {known.high:g}" if known.open_ends else f"{known.low:g} <= {key} <= {known.high:g}"
     wrong = isinstance(value, bool) or not isinstance(value, int if known.whole else int | float)

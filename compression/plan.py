@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tacit.devices.sandbox import ArtifactRefused
+from tacit.devices.weights import read_header
+
 SCHEMA_VERSION = 1
 _MAX_PLAN_BYTES = 64 * 2**20
 
@@ -152,8 +155,9 @@ def load(folder: Path, model: nn.Module) -> tuple[nn.Module, Plan]:
     plan = _read_plan(folder / "plan.json")
     reshaped = replay(model, plan)
     try:
+        read_header(folder / "weights.safetensors")  # in the sandbox: a folder may come from elsewhere
         weights = load_file(folder / "weights.safetensors")
-    except SafetensorError as error:
+    except (ArtifactRefused, SafetensorError) as error:
         raise ValueError(
             f"expected a safetensors file, got {folder / 'weights.safetensors'}: {error}; build the variant again"
         ) from error

@@ -7,27 +7,32 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import nn
 
 from tacit.compression import plan as plans
-from tacit.compression import quantize_onnx, quantize_tflite
-from tacit.compression.export_onnx import export_onnx, stamp_onnx
-from tacit.compression.export_tflite import export_tflite, stamp_tflite
+from tacit.compression.calibrate import synthetic_inputs
+from tacit.compression.export import write_form
+from tacit.compression.forms import FORMS, Calibration
 from tacit.compression.material import Material
-from tacit.compression.passes import Pass, Shaped, check_material, label_of, require_public, strongest_data_use
+from tacit.compression.passes import (
+    Pass,
+    Shaped,
+    check_material,
+    form_of,
+    label_of,
+    require_public,
+    strongest_data_use,
+)
+from tacit.compression.targets import TARGETS, Format, check_form, target_of
+from tacit.compression.whole import Whole, raw_values
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-
-Format = Literal["onnx", "tflite"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class VariantSpec:
 
     Attributes:
         name: Letters, digits, `_`, `-` and `.`; it becomes a folder's name.
-        format: "onnx" or "tflite".
+        format: A target of `targets.TARGETS`.
         passes: From `passes.parse_passes`.
+        whole: Whether preprocessing and softmax are inside the graph.
 
     Example:
         >>> VariantSpec("../elsewhere", "onnx")
@@ -49,50 +55,44 @@ class VariantSpec:
     name: str
     format: Format
     passes: tuple[Pass, ...] = ()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         """Check the name and the format.
 
         Raises:
-            ValueError: If the name is no safe folder name, or the format is unknown.
+            ValueError: If the name is no safe folder name, the format is unknown, or does not hold the passes' form.
         """
         if not _NAME.fullmatch(self.name):
             raise ValueError(
                 f"expected a name of up to 64 letters, digits, '_', '-' and '.', got name={self.name!r}; rename it"
             )
-        if self.format not in _FORMATS:
-            raise ValueError(f"expected format 'onnx' or 'tflite', got format={self.format!r}; choose one of these")
+        check_form(self.format, form_of(self.passes))
 
 
-@dataclass(frozen=True)
-class _Toolchain:
-    """What a format needs: how to export, quantise and stamp it, and where its channels are."""
+def shipped_model(spec: VariantSpec, shaped: Shaped, material: Material) -> nn.Module:
+    """The model that a variant holds: as it was shaped, or with its interface inside.
 
-    export: Callable[[nn.Module, torch.Tensor, Path], None]
-    dynamic_int8: Callable[[Path, Path], None]
-    static_int8: Callable[[Path, Path, npt.NDArray[np.float32]], None]
-    stamp: Callable[[Path, Mapping[str, str]], None]
-    input_layout: Literal["channel_first", "channel_last"]
-
-
-_FORMATS: Mapping[str, _Toolchain] = {
-    "onnx": _Toolchain(export_onnx, quantize_onnx.dynamic_int8, quantize_onnx.static_int8, stamp_onnx, "channel_first"),
-    "tflite": _Toolchain(
-        export_tflite, quantize_tflite.dynamic_int8, quantize_tflite.static_int8, stamp_tflite, "channel_last"
-    ),
-}
+    Raises:
+        ValueError: If an interface is to be inside and there is none.
+    """
+    if not spec.whole:
+        return shaped.model
+    if material.interface is None:
+        raise ValueError(f"expected an interface for whole=True of {spec.name!r}, got none; give one with the material")
+    return Whole(shaped.model, material.interface).eval()
 
 
-def export_float(artifact_format: Format, shaped: Shaped, material: Material, path: Path) -> None:
-    """Export a shaped model as float32; every quantised variant of it in this format begins here.
+def export_float(spec: VariantSpec, shaped: Shaped, material: Material, path: Path) -> None:
+    """Export what a variant holds as float32; every quantised one of the same model and format begins here.
 
     Args:
-        artifact_format: "onnx" or "tflite".
+        spec: Its format, and whether its interface is inside.
         shaped: From `passes.apply_passes`.
         material: The example input.
         path: The file to write.
     """
-    _FORMATS[artifact_format].export(shaped.model, material.example_inputs, path)
+    target_of(spec.format).export(shipped_model(spec, shaped, material), (material.example_inputs,), path)
 
 
 def build_variant(
@@ -107,8 +107,8 @@ def build_variant(
 ) -> dict[str, object]:
     """Export, quantise and stamp a variant into `folder`, which appears whole or not at all.
 
-    The folder then holds `plan.json`, `weights.safetensors`, `model.onnx` or `model.tflite`, and `variant.json`. Parity
-    and accuracy are measured later, in the runtime that will run the artifact.
+    The folder then holds `plan.json`, `weights.safetensors`, the artifact, what its target has beside it, and
+    `variant.json`. Parity and accuracy are measured later, in the runtime that will run the artifact.
 
     Args:
         spec: What to build; its model-level passes are those that made `shaped`.
@@ -138,9 +138,12 @@ def build_variant(
         built = scratch / "built"
         built.mkdir()
         plans.save(built, shaped.model, shaped.plan)
-        artifact = built / f"{stem}.{spec.format}"
-        _write_artifact(spec, material, artifact, exported or _exported(spec, shaped, material, scratch))
-        _FORMATS[spec.format].stamp(artifact, stamp)
+        artifact = built / f"{stem}.{TARGETS[spec.format].suffix}"
+        _write_artifact(spec, shaped, material, artifact, exported or _exported(spec, shaped, material, scratch))
+        TARGETS[spec.format].stamp(artifact, stamp)
+        beside = TARGETS[spec.format].beside
+        for name, content in (beside(artifact) if beside else {}).items():
+            (built / name).write_bytes(content)
         description = _describe(spec, shaped, artifact, stamp)
         text = json.dumps(description, indent=1) + "\n"
         (built / "variant.json").write_text(text, encoding="utf-8")
@@ -153,19 +156,39 @@ def build_variant(
 
 
 def _exported(spec: VariantSpec, shaped: Shaped, material: Material, scratch: Path) -> Path:
-    path = scratch / f"float.{spec.format}"
-    export_float(spec.format, shaped, material, path)
+    path = scratch / f"float.{TARGETS[spec.format].suffix}"
+    export_float(spec, shaped, material, path)
     return path
 
 
-def _write_artifact(spec: VariantSpec, material: Material, artifact: Path, exported: Path) -> None:
-    tools, label = _FORMATS[spec.format], label_of(spec.passes)
-    if label == "float32":
-        shutil.copyfile(exported, artifact)
-    elif label == "dynamic-range int8":
-        tools.dynamic_int8(exported, artifact)
+def _write_artifact(spec: VariantSpec, shaped: Shaped, material: Material, artifact: Path, exported: Path) -> None:
+    write_form(
+        shipped_model(spec, shaped, material),
+        (material.example_inputs,),
+        artifact,
+        target=spec.format,
+        form=form_of(spec.passes),
+        calibration=calibration_of(spec, shaped, material),
+        exported=exported,
+    )
+
+
+def calibration_of(spec: VariantSpec, shaped: Shaped, material: Material) -> Calibration | None:
+    """The inputs that a variant's ranges are taken from; None where it has none.
+
+    Raises:
+        ValueError: If it needs public inputs and there are none.
+    """
+    if not FORMS[form_of(spec.passes)].calibrated:
+        return None
+    last = spec.passes[-1]
+    if last.parameters["calibration"] == "synthetic":
+        (inputs,) = synthetic_inputs(shaped.model, (material.example_inputs,))
     else:
-        tools.static_int8(exported, artifact, require_public(spec.passes[-1], material).numpy())
+        inputs = require_public(last, material).numpy()
+    if spec.whole and material.interface is not None:
+        return (raw_values(inputs.astype(np.float32), material.interface),)
+    return (inputs,)
 
 
 def _describe(spec: VariantSpec, shaped: Shaped, artifact: Path, stamp: Mapping[str, str]) -> dict[str, object]:
@@ -175,7 +198,8 @@ def _describe(spec: VariantSpec, shaped: Shaped, artifact: Path, stamp: Mapping[
         "name": spec.name,
         "format": spec.format,
         "label": label_of(spec.passes),
-        "input_layout": _FORMATS[spec.format].input_layout,
+        "whole": spec.whole,
+        "input_layout": TARGETS[spec.format].layout,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "parameters": shaped.parameters,

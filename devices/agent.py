@@ -7,14 +7,15 @@ and the exit status 3. A request names what to do in ``op``:
 ``facts``
     -> processor, cores, clock, versions.
 ``predict``  ``model, inputs, outputs``
-    ``inputs`` is a .npy file, float32 ``(n, *shape)``, channel first; writes float32 ``(n, ...)`` to ``outputs``.
+    ``inputs`` names a .npy file for each input, ``(n, *shape)``, channel first; ``outputs`` one for each output.
 ``time``  ``models, inputs, min_runs, min_s, max_s, warmup_s, min_warmup_runs``
     -> nanoseconds per run of each model, in blocks interleaved between the models.
 ``memory``  ``model, inputs, runs``
     -> what one model adds to the peak memory of this (fresh) process, and how long it takes to load.
 
-A model is ``{"name", "path", "runtime", "input_layout", "threads", "sha256"}``. Every model is run with a batch of one:
+A model is ``{"name", "path", "runtime", "layouts", "threads", "sha256", "adapter"}``. Each is run with a batch of one:
 that is how a device runs it, and a dynamically quantised model gives other numbers when a batch shares one scale.
+Whole-number inputs and outputs with a scale are given and returned as the floats that they stand for.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ import time
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
+from runpy import run_path
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Optional, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 import numpy as np
 
 AGENT_VERSION = 1
-RUNTIME_MODULES = {"onnxruntime": "onnxruntime", "litert": "ai_edge_litert.interpreter"}
-RUNTIME_PACKAGES = {"onnxruntime": "onnxruntime", "litert": "ai-edge-litert"}
+RUNTIME_MODULES = {
+    "onnxruntime": "onnxruntime",
+    "litert": "ai_edge_litert.interpreter",
+    "tflite-runtime": "tflite_runtime.interpreter",
+}
+RUNTIME_PACKAGES = {"onnxruntime": "onnxruntime", "litert": "ai-edge-litert", "tflite-runtime": "tflite-runtime"}
 _CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 _BLOCK_NS = 20_000_000  # short against the drift of a clock or a temperature, long against a change of model
 _TICKS_PER_SAMPLE = 100
@@ -48,123 +54,138 @@ Request = Dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Port:
+    """An input or output of a file; with a scale, a whole number q of it stands for ``scale * (q - zero)``."""
+
+    dtype: Any
+    scale: float = 0.0
+    zero: int = 0
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """Values as the file takes them."""
+        if not self.scale:
+            if not np.can_cast(values.dtype, self.dtype, "same_kind"):
+                raise ValueError(f"expected {self.dtype} inputs, got {values.dtype}; give what the model takes")
+            return np.ascontiguousarray(values, dtype=self.dtype)
+        limits = np.iinfo(self.dtype)
+        whole = np.rint(values / np.float32(self.scale)) + self.zero
+        return np.ascontiguousarray(np.clip(whole, limits.min, limits.max), dtype=self.dtype)
+
+    def decode(self, values: np.ndarray) -> np.ndarray:
+        """What the file gave, as what it stands for."""
+        return (values.astype(np.float32) - self.zero) * np.float32(self.scale) if self.scale else values
+
+
+Infer = Callable[[List[np.ndarray]], List[np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Model:
-    """A model file in a runtime; ``infer`` takes and returns one example with its batch axis of length one."""
+    """A model file in a runtime; ``infer`` takes and returns one example as encoded, with batch axes of length one."""
 
-    infer: Callable[[np.ndarray], np.ndarray]
-    input_layout: str
+    infer: Infer
+    sources: List[Port]
+    targets: List[Port]
+    layouts: List[str]
 
-    def feeds(self, inputs: np.ndarray) -> List[np.ndarray]:
-        """Cut channel-first inputs ``(n, *shape)`` into single examples, laid out as the file wants them."""
-        inputs = np.asarray(inputs, dtype=np.float32)
-        if self.input_layout == "channel_last" and inputs.ndim > 2:
-            inputs = np.moveaxis(inputs, 1, -1)
-        inputs = np.ascontiguousarray(inputs)
-        return [inputs[index : index + 1] for index in range(len(inputs))]
+    def feeds(self, inputs: List[np.ndarray]) -> List[List[np.ndarray]]:
+        """Cut channel-first inputs, each ``(n, *shape)``, into single examples as the file wants them."""
+        if len(inputs) != len(self.sources) or len(self.layouts) != len(inputs):
+            raise ValueError(f"expected {len(self.sources)} inputs, got {len(inputs)}; give one for each of the model")
+        laid = []
+        for values, port, layout in zip(inputs, self.sources, self.layouts):
+            last = layout == "channel_last" and values.ndim > 2 and values.dtype.kind == "f"  # ids have no channels
+            laid.append(port.encode(np.moveaxis(values, 1, -1) if last else values))
+        return [[values[index : index + 1] for values in laid] for index in range(len(laid[0]))]
 
-    def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Predict ``(n, ...)`` float32 from channel-first inputs ``(n, *shape)``, one example at a time."""
-        outputs = [self.infer(feed) for feed in self.feeds(inputs)]
-        if any(output.dtype != np.float32 or output.ndim < 2 or len(output) != 1 for output in outputs):
-            bad = outputs[0]
-            raise ValueError(f"expected float32 outputs (1, ...), got {bad.dtype} {bad.shape}; export float I/O")
-        return np.concatenate(outputs)
-
-
-def open_model(path: str, runtime: str, threads: int = 1, input_layout: str = "channel_first") -> Model:
-    """Load a model file.
-
-    Args:
-        path: The .onnx or .tflite file.
-        runtime: "onnxruntime" or "litert".
-        threads: Threads that work on one inference.
-        input_layout: "channel_first" or "channel_last": what the file expects.
-
-    Raises:
-        ValueError: An argument is unknown, or the model's input or output is not one float32 tensor.
-        ModuleNotFoundError: The runtime is not installed.
-    """
-    if input_layout not in ("channel_first", "channel_last"):
-        raise ValueError(
-            f"expected input_layout channel_first or channel_last, got input_layout={input_layout!r}; give one of them"
-        )
-    if runtime == "onnxruntime":
-        return Model(_open_onnx(path, threads), input_layout)
-    if runtime == "litert":
-        return Model(_open_litert(path, threads), input_layout)
-    raise ValueError(f"expected runtime onnxruntime or litert, got runtime={runtime!r}; give one of them")
+    def run(self, inputs: List[np.ndarray]) -> List[np.ndarray]:
+        """Predict outputs, each ``(n, ...)``, from channel-first inputs, each ``(n, *shape)``, one by one."""
+        answers = [self.infer(feed) for feed in self.feeds(inputs)]
+        columns = [[port.decode(a[place]) for a in answers] for place, port in enumerate(self.targets)]
+        for column in columns:
+            if any(output.ndim < 1 or len(output) != 1 for output in column):
+                raise ValueError(f"expected outputs (1, ...), got {column[0].shape}; export with a batch axis")
+        return [np.concatenate(column) for column in columns]
 
 
-def _open_onnx(path: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
-    onnxruntime = _import_runtime("onnxruntime")
+def open_model(model: Request) -> Model:
+    """Load a model file; an adapter is a Python file whose ``open_model(path, threads)`` is called in our stead."""
+    wanted, layouts, threads, runtime = model.get("sha256"), model["layouts"], model.get("threads", 1), model["runtime"]
+    found = hashlib.sha256(Path(model["path"]).read_bytes()).hexdigest() if wanted else None
+    if found != wanted:
+        raise ValueError(f"expected sha256 {wanted}, got sha256={found}; copy the model file again")
+    if not isinstance(layouts, list) or not all(layout in ("channel_first", "channel_last") for layout in layouts):
+        raise ValueError(f"expected layouts channel_first or channel_last, got layouts={layouts!r}; give one an input")
+    if model.get("adapter"):
+        namespace = run_path(model["adapter"])
+        infer, sources, targets = namespace["open_model"](model["path"], threads)
+        return Model(infer, [Port(*port) for port in sources], [Port(*port) for port in targets], layouts)
+    opened = _open_onnx if runtime == "onnxruntime" else _open_tflite
+    return Model(*opened(model["path"], threads, _import_runtime(runtime)), layouts)
+
+
+def _open_onnx(path: str, threads: int, onnxruntime: Any) -> Tuple[Infer, List[Port], List[Port]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    scales = json.loads(session.get_modelmeta().custom_metadata_map.get("tacit.scales", "{}"))
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    _require_one_float([node.type for node in inputs], [node.type for node in outputs], "tensor(float)")
-    source, targets = inputs[0].name, [outputs[0].name]
+    names, targets = [node.name for node in inputs], [node.name for node in outputs]
 
-    def infer(feed: np.ndarray) -> np.ndarray:
-        result: np.ndarray = session.run(targets, {source: feed})[0]
-        return result
+    def infer(feeds: List[np.ndarray]) -> Any:
+        return session.run(targets, dict(zip(names, feeds)))
 
-    return infer
+    ports = [[Port(_onnx_type(node.type), *scales.get(node.name, ())) for node in side] for side in (inputs, outputs)]
+    return infer, ports[0], ports[1]
 
 
-def _open_litert(path: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:
-    interpreter = _import_runtime("litert").Interpreter(model_path=path, num_threads=threads)
+def _onnx_type(name: str) -> Any:
+    return np.dtype({"tensor(float)": "float32", "tensor(double)": "float64"}.get(name, name[len("tensor(") : -1]))
+
+
+def _open_tflite(path: str, threads: int, module: Any) -> Tuple[Infer, List[Port], List[Port]]:
+    interpreter = module.Interpreter(model_path=path, num_threads=threads)
     interpreter.allocate_tensors()
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    _require_one_float([node["dtype"] for node in inputs], [node["dtype"] for node in outputs], np.float32)
-    source, target = inputs[0]["index"], outputs[0]["index"]
+    sources, targets = [node["index"] for node in inputs], [node["index"] for node in outputs]
 
-    def infer(feed: np.ndarray) -> np.ndarray:
-        interpreter.set_tensor(source, feed)
+    def infer(feeds: List[np.ndarray]) -> List[np.ndarray]:
+        for source, feed in zip(sources, feeds):
+            interpreter.set_tensor(source, feed)
         interpreter.invoke()
-        result: np.ndarray = interpreter.get_tensor(target)
-        return result
+        return [interpreter.get_tensor(target) for target in targets]
 
-    return infer
+    ports = [[Port(np.dtype(node["dtype"]), *node["quantization"]) for node in side] for side in (inputs, outputs)]
+    return infer, ports[0], ports[1]
 
 
 def _import_runtime(runtime: str) -> Any:
     if runtime not in RUNTIME_MODULES:
-        raise ValueError(f"expected runtime onnxruntime or litert, got runtime={runtime!r}; give one of them")
+        raise ValueError(f"expected runtime {', '.join(RUNTIME_MODULES)}, got runtime={runtime!r}; give one of them")
     # Official builds of ONNX Runtime send usage events to Microsoft unless told not to before they are imported.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     return import_module(RUNTIME_MODULES[runtime])
 
 
-def _require_one_float(inputs: List[Any], outputs: List[Any], wanted: Any) -> None:
-    if inputs != [wanted] or outputs != [wanted]:
+def _load_inputs(request: Request) -> List[np.ndarray]:
+    inputs = [np.load(path, allow_pickle=False) for path in request["inputs"]]
+    if not inputs or any(v.dtype.kind not in "fiub" or v.shape[:1] != (len(inputs[0]),) or not v.size for v in inputs):
         raise ValueError(
-            f"expected one float32 input and output, got inputs={inputs} outputs={outputs}; export with float I/O"
+            f"expected inputs (n, *shape), got {[f'{v.dtype} {v.shape}' for v in inputs]}; preprocess them"
         )
-
-
-def _open_requested(model: Request) -> Model:
-    wanted = model.get("sha256")
-    if wanted is not None:
-        found = hashlib.sha256(Path(model["path"]).read_bytes()).hexdigest()
-        if found != wanted:
-            raise ValueError(f"expected sha256 {wanted}, got sha256={found}; copy the model file again")
-    return open_model(model["path"], model["runtime"], model.get("threads", 1), model["input_layout"])
-
-
-def _load_inputs(request: Request) -> np.ndarray:
-    inputs: np.ndarray = np.load(request["inputs"], allow_pickle=False)
-    if inputs.dtype != np.float32 or inputs.ndim < 2 or not len(inputs):
-        raise ValueError(f"expected float32 inputs (n, *shape), got {inputs.dtype} {inputs.shape}; preprocess them")
     return inputs
 
 
 def predict(request: Request) -> Request:
     """Run a model on every input and write the outputs."""
-    outputs = _open_requested(request["model"]).run(_load_inputs(request))
-    np.save(request["outputs"], outputs, allow_pickle=False)
-    return {"n": len(outputs)}
+    outputs = open_model(request["model"]).run(_load_inputs(request))
+    if len(outputs) != len(request["outputs"]):
+        raise ValueError(f"expected {len(request['outputs'])} outputs, got {len(outputs)}; name a file for each")
+    for path, values in zip(request["outputs"], outputs):
+        np.save(path, values, allow_pickle=False)
+    return {"n": len(outputs[0])}
 
 
 @dataclass
@@ -173,7 +194,7 @@ class _Lane:
 
     name: str
     model: Model
-    feeds: List[np.ndarray]
+    feeds: List[List[np.ndarray]]
     runs_per_sample: int = 1
     block_samples: int = 1
     warmup_runs: int = 0
@@ -181,21 +202,24 @@ class _Lane:
     cursor: int = 0
     samples_ns: List[int] = field(default_factory=list)
 
-    def next_feeds(self, count: int) -> List[np.ndarray]:
+    def next_feeds(self, count: int) -> List[List[np.ndarray]]:
         feeds = [self.feeds[(self.cursor + step) % len(self.feeds)] for step in range(count)]
         self.cursor = (self.cursor + count) % len(self.feeds)
         return feeds
 
     def is_done(self, request: Request) -> bool:
-        spent_s = self.spent_ns / 1e9
-        enough = len(self.samples_ns) >= request["min_runs"] and spent_s >= request["min_s"]
-        return bool(enough or spent_s >= request["max_s"])
+        least_s = request["min_s"] if len(self.samples_ns) >= request["min_runs"] else request["max_s"]
+        return bool(self.spent_ns >= 1e9 * min(least_s, request["max_s"]))
+
+    def answer(self) -> Request:
+        return {name: getattr(self, name) for name in ("samples_ns", "runs_per_sample", "warmup_runs")}
 
 
 def time_models(request: Request) -> Request:
     """Time models side by side: blocks A B, B A, A B ... so that a drifting device is unfair to none of them."""
     inputs = _load_inputs(request)
-    lanes = [_open_lane(model, inputs) for model in request["models"]]
+    opened = [(model["name"], open_model(model)) for model in request["models"]]
+    lanes = [_Lane(name, model, model.feeds(inputs)) for name, model in opened]
     tick_ns = _clock_tick_ns()
     before, ticks_before = conditions(), _cpu_ticks()
     gc.disable()
@@ -208,17 +232,12 @@ def time_models(request: Request) -> Request:
         active, forward = [lane for lane in active if not lane.is_done(request)], not forward
     gc.enable()
     return {
-        "models": {lane.name: _lane_answer(lane) for lane in lanes},
+        "models": {lane.name: lane.answer() for lane in lanes},
         "clock_tick_ns": tick_ns,
         "before": before,
         "after": conditions(),
         "steal_share": _steal_share(ticks_before, _cpu_ticks()),
     }
-
-
-def _open_lane(model: Request, inputs: np.ndarray) -> _Lane:
-    opened = _open_requested(model)
-    return _Lane(model["name"], opened, opened.feeds(inputs))
 
 
 def _warm_up(lane: _Lane, request: Request, tick_ns: int) -> None:
@@ -259,27 +278,17 @@ def _clock_tick_ns() -> int:
     return int(steps_ns[steps_ns > 0].min(initial=1_000_000_000))
 
 
-def _lane_answer(lane: _Lane) -> Request:
-    return {
-        "samples_ns": lane.samples_ns,
-        "runs_per_sample": lane.runs_per_sample,
-        "warmup_runs": lane.warmup_runs,
-    }
-
-
 def memory(request: Request) -> Request:
-    """Measure what one model adds to the peak resident memory of this process, its runtime already imported.
-
-    The time to load is taken here too: a second model of a process finds the runtime's set-up already done.
-    """
+    """Measure a model's time to load, and its part in the peak memory of this process, its runtime already imported."""
     inputs = _load_inputs(request)
-    _import_runtime(request["model"]["runtime"])
+    if not request["model"].get("adapter"):
+        _import_runtime(request["model"]["runtime"])
     _reset_peak()
     baseline_bytes = _peak_bytes()
     started_ns = time.perf_counter_ns()
-    model = _open_requested(request["model"])
+    model = open_model(request["model"])
     load_ns = time.perf_counter_ns() - started_ns
-    model.run(inputs[: request["runs"]])
+    model.run([values[: request["runs"]] for values in inputs])
     added_bytes = max(0, _peak_bytes() - baseline_bytes)
     return {"peak_memory_bytes": added_bytes, "baseline_bytes": baseline_bytes, "load_ns": load_ns}
 
@@ -337,10 +346,8 @@ def _cpu_name() -> Optional[str]:
     board = _read("/proc/device-tree/model")  # a Raspberry Pi says "Raspberry Pi 5 Model B Rev 1.0" here
     if board:
         return board.strip("\0\n ")
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or None
+    names = [line for line in (_read("/proc/cpuinfo") or "").splitlines() if line.startswith("model name")]
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or None
 
 
 def _version(package: str) -> Optional[str]:
@@ -368,12 +375,7 @@ def _steal_share(before: List[int], after: List[int]) -> Optional[float]:
     return round((after[7] - before[7]) / passed, 4) if len(after) == len(before) == 8 and passed > 0 else None
 
 
-OPERATIONS: Dict[str, Callable[[Request], Request]] = {
-    "facts": facts,
-    "predict": predict,
-    "time": time_models,
-    "memory": memory,
-}
+OPERATIONS = {"facts": facts, "predict": predict, "time": time_models, "memory": memory}
 
 
 def main() -> None:

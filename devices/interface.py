@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-Output = Literal["logits", "values", "reconstruction"]
+Output = Literal["logits", "probabilities", "values", "reconstruction"]
 
 # Keys that came later than the first bundles; they belong to outputs that these did not have.
 _LATER: dict[str, Any] = {"target_mean": [0.0], "target_std": [1.0], "threshold": None}
@@ -43,7 +43,8 @@ class Interface:
         std: What is divided by after that: one value, or one per channel; greater than zero.
         labels: Names of the classes in the order of the logits, or of the values; no two alike. Of a reconstruction
             two, for what is normal and what is not.
-        output: What the model returns: "logits", "values", or "reconstruction" of its own input.
+        output: What the model returns: "logits", "probabilities" where the softmax is inside, "values", or
+            "reconstruction" of its own input.
         target_mean: Of values: what was subtracted before training, one or one per value.
         target_std: Of values: what was divided by after that, one or one per value; greater than zero.
         threshold: Of a reconstruction: the anomaly score above which an example is anomalous; None when nobody has
@@ -144,7 +145,7 @@ class Interface:
         """Turn the model's output into answers.
 
         Args:
-            logits: ``(batch, classes)``, classes as many as labels.
+            logits: ``(batch, classes)``, classes as many as labels; or the probabilities, where a model returns these.
 
         Returns:
             One prediction per example; of equal logits the first wins.
@@ -156,10 +157,13 @@ class Interface:
         >>> table.postprocess(np.array([[0.0, 0.0]]))
         [Prediction(label='no', index=0, probability=0.5, probabilities=(0.5, 0.5))]
         """
-        self._expect_output("logits", "values() or anomaly_scores()")
-        logits = self._outputs(logits, "logits", (len(self.labels),))
+        if self.output != "probabilities":
+            self._expect_output("logits", "values() or anomaly_scores()")
+        logits = self._outputs(logits, self.output, (len(self.labels),))
         if not len(logits):
             return []
+        if self.output == "probabilities":
+            return [self._prediction(row) for row in logits]
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return [self._prediction(row) for row in exponentials / exponentials.sum(axis=1, keepdims=True)]
 

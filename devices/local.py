@@ -32,8 +32,10 @@ class LocalDevice:
     b'seen'
     """
 
-    def __init__(self, name: str = "local", *, limits: Limits | None = None) -> None:
+    def __init__(self, name: str = "local", *, limits: Limits | None = None, python: Path | None = None) -> None:
+        """Make the device's folder; ``python`` runs the agent, by default the one that runs this."""
         self.name = name
+        self._python = str(python or sys.executable)
         self._limits = limits or Limits()
         self._folder = Path(tempfile.mkdtemp(prefix="tacit-device-"))
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -99,7 +101,7 @@ class LocalDevice:
         )
         # -P keeps this folder off the agent's sys.path, where statistics.py would shadow the standard library's.
         return run_limited(
-            [sys.executable, "-P", agent.__file__],
+            [self._python, "-P", agent.__file__],
             stdin=json.dumps(request).encode(),
             limits=replace(self._limits, wall_s=limit_s, cpu_s=int(limit_s * threads) + 1),
             cwd=self._folder,

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tacit.devices.answers import Timed, believe_facts, believe_memory, believe_timings
-from tacit.devices.runtime import InputLayout, RuntimeName, identify
+from tacit.devices.formats import examine
+from tacit.devices.runtime import InputLayout, RuntimeName, adapter_of
 from tacit.devices.sandbox import ArtifactRefused
 from tacit.devices.statistics import (
     coefficient_of_variation,
@@ -56,11 +57,12 @@ class Device(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A model file to be measured, under the name that the result will use."""
+    """A model file to be measured, under the name that the result will use; in its format's own runtime by default."""
 
     name: str
     path: Path
     input_layout: InputLayout = "channel_first"
+    runtime: RuntimeName | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,8 @@ class _Placed:
             "name": self.artifact.name,
             "path": self.remote,
             "runtime": self.runtime,
-            "input_layout": self.artifact.input_layout,
+            "layouts": [self.artifact.input_layout],
+            "adapter": adapter_of(self.runtime),
             "threads": 1,
             "sha256": self.sha256,
         }
@@ -256,10 +259,11 @@ def _put_inputs(device: Device, inputs: npt.NDArray[np.float32]) -> str:
 
 def _place(device: Device, artifact: Artifact, remote_inputs: str) -> _Placed:
     """Copy an artifact onto the device and let it prove in a process of its own that it runs."""
-    runtime = identify(artifact.path)
+    found = examine(artifact.path)
+    runtime = artifact.runtime or found
     sha256 = hashlib.sha256(artifact.path.read_bytes()).hexdigest()
     placed = _Placed(artifact=artifact, remote=device.put(artifact.path), runtime=runtime, sha256=sha256)
-    request = {"op": "memory", "model": placed.request(), "inputs": remote_inputs, "runs": _MEMORY_RUNS}
+    request = {"op": "memory", "model": placed.request(), "inputs": [remote_inputs], "runs": _MEMORY_RUNS}
     started_s = time.monotonic()
     answer = device.run(request)
     wall_ns = int((time.monotonic() - started_s) * 1e9)
@@ -279,7 +283,7 @@ def _time_group(
     request = {
         "op": "time",
         "models": [item.request() for item in group],
-        "inputs": remote_inputs,
+        "inputs": [remote_inputs],
         "limit_s": _LIMIT_MARGIN_S + len(group) * (schedule.warmup_s + 2 * schedule.max_s),
         **{key: value for key, value in asdict(schedule).items() if key != "mode"},
     }

@@ -3,22 +3,34 @@
 import io
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from tacit.devices import agent
+from tacit.devices import agent, tflite_runtime
+from tacit.devices.formats import RuntimeName as RuntimeName
+from tacit.devices.formats import examine
+from tacit.devices.formats import identify as identify
 from tacit.devices.local import LocalDevice
 from tacit.devices.sandbox import ArtifactRefused
 
 InputLayout = Literal["channel_first", "channel_last"]
-RuntimeName = Literal["onnxruntime", "litert"]
-_RUNTIMES: dict[str, RuntimeName] = {".onnx": "onnxruntime", ".tflite": "litert"}
-_LFS_POINTER = b"version https://git-lfs"
+Layouts = InputLayout | Sequence[InputLayout]
+Values = npt.NDArray[Any]
+# Files of one format that several runtimes read.
+_ALIKE: dict[RuntimeName, tuple[RuntimeName, ...]] = {"litert": ("litert", "tflite-runtime", "micro")}
+_ADAPTERS: dict[RuntimeName, str] = {"micro": "micro.py", "executorch": "executorch.py"}
+_EXTRAS: dict[RuntimeName, str] = {"micro": "micro", "executorch": "executorch"}
+_PACKAGES: dict[RuntimeName, str] = {
+    **{name: agent.RUNTIME_PACKAGES[name] for name in get_args(RuntimeName) if name in agent.RUNTIME_PACKAGES},
+    "micro": "tflite-micro",
+    "executorch": "executorch",
+}
 
 
 class Runtime(Protocol):
@@ -26,7 +38,7 @@ class Runtime(Protocol):
 
     @property
     def name(self) -> str:
-        """The runtime: "onnxruntime" or "litert"."""
+        """The runtime, such as "onnxruntime"."""
 
     @property
     def version(self) -> str:
@@ -35,47 +47,29 @@ class Runtime(Protocol):
     def predict(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Map preprocessed inputs ``(n, *shape)``, channel first, to outputs ``(n, ...)``, such as logits."""
 
-
-def identify(path: Path) -> RuntimeName:
-    """Say which runtime a model file is for, by suffix and checked against its first bytes.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ArtifactRefused: The file is empty, of another format, or not a model at all (a Git LFS pointer, a web page).
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder, "model.tflite")
-    ...     _ = path.write_bytes(b"....TFL3")
-    ...     identify(path)
-    'litert'
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a model file, got path={str(path)!r}; check the path")
-    runtime = _RUNTIMES.get(path.suffix.lower())
-    if runtime is None:
-        raise ArtifactRefused(f"expected a file ending in .onnx or .tflite, got path={path.name!r}; export it again")
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        raise ArtifactRefused(f"expected a model, got path={path.name!r}, which is empty; export it again")
-    if head.startswith(_LFS_POINTER):
-        raise ArtifactRefused(f"expected a model, got path={path.name!r}, a Git LFS pointer; run git lfs pull")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ArtifactRefused(f"expected a model, got path={path.name!r}, a web page; download the raw file")
-    if (head[4:8] == b"TFL3") != (runtime == "litert"):
-        raise ArtifactRefused(f"expected the content of a {path.suffix} file, got path={path.name!r}; export it again")
-    return runtime
+    def run(self, inputs: Sequence[Values], *, outputs: int = 1) -> list[Values]:
+        """Map all inputs, each ``(n, *shape)``, to so many outputs, each ``(n, ...)``; of a model that has several."""
 
 
-def open_artifact(path: Path | str, *, input_layout: InputLayout = "channel_first", threads: int = 1) -> Runtime:
+def open_artifact(
+    path: Path | str,
+    *,
+    input_layout: Layouts = "channel_first",
+    runtime: RuntimeName | None = None,
+    threads: int = 1,
+) -> Runtime:
     """Open a model file for prediction.
 
     *Guarantees.* The file is read only by ``agent.py`` in the sandbox, a fresh process for each call of ``predict``,
-    with a batch of one: as on a device. A file that crashes its runtime raises here and harms nothing.
+    with a batch of one: as on a device. A file that crashes its runtime raises here and harms nothing. One that names
+    other files is refused before any runtime sees it.
 
     Args:
-        path: An .onnx file (ONNX Runtime) or a .tflite file (LiteRT); float32 input and output.
-        input_layout: What the file expects. ``predict`` takes channel-first inputs in either case.
+        path: A model file. Whole-number inputs and outputs that have a scale are given and returned as floats.
+        input_layout: What the file expects, of all inputs or of each. ``predict`` takes channel-first inputs in either
+            case.
+        runtime: In which to run it; by default ONNX Runtime for .onnx and .ort, LiteRT for .tflite, ExecuTorch for
+            .pte.
         threads: Threads that work on one inference.
 
     Returns:
@@ -83,18 +77,23 @@ def open_artifact(path: Path | str, *, input_layout: InputLayout = "channel_firs
 
     Raises:
         FileNotFoundError: There is no such file.
-        ArtifactRefused: The file is not a model.
+        ArtifactRefused: The file is not a model, or one of another runtime's; it needs other files; its inputs have no
+            fixed sizes.
         ModuleNotFoundError: The runtime is not installed.
         ValueError: ``threads`` is less than one or ``input_layout`` is unknown.
     """
     path = Path(path)
     if threads < 1:
         raise ValueError(f"expected threads >= 1, got threads={threads}; give 1")
-    if input_layout not in {"channel_first", "channel_last"}:
+    layouts = [input_layout] if isinstance(input_layout, str) else list(input_layout)
+    if not layouts or not set(layouts) <= {"channel_first", "channel_last"}:
         raise ValueError(f"expected channel_first or channel_last, got input_layout={input_layout!r}; give one of them")
-    name = identify(path)
+    found = examine(path)
+    if runtime is not None and runtime not in _ALIKE.get(found, (found,)):
+        raise ArtifactRefused(f"expected a file for {runtime}, got path={path.name!r}, one for {found}; export another")
+    name = runtime or found
     return _SandboxedRuntime(
-        name=name, version=_installed_version(name), path=path, input_layout=input_layout, threads=threads
+        name=name, version=installed_version(name), path=path, layouts=tuple(layouts), threads=threads
     )
 
 
@@ -103,38 +102,73 @@ class _SandboxedRuntime:
     name: RuntimeName
     version: str
     path: Path
-    input_layout: InputLayout
+    layouts: tuple[InputLayout, ...]
     threads: int
 
     def predict(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if inputs.dtype != np.float32 or inputs.ndim < 2 or not len(inputs):
             found = f"inputs of {inputs.dtype} {inputs.shape}"
             raise ValueError(f"expected float32 inputs (n, *shape), n >= 1, got {found}; use Interface.preprocess")
-        with LocalDevice() as device, tempfile.TemporaryDirectory(prefix="tacit-") as scratch:
-            staged = Path(scratch, "inputs.npy")
-            np.save(staged, inputs, allow_pickle=False)
+        (outputs,) = self.run([inputs])
+        if outputs.dtype != np.float32 or outputs.ndim < 2:
+            raise ArtifactRefused(f"expected float32 outputs ({len(inputs)}, ...), got {outputs.dtype} {outputs.shape}")
+        return outputs
+
+    def run(self, inputs: Sequence[Values], *, outputs: int = 1) -> list[Values]:
+        with _device_of(self.name) as device, tempfile.TemporaryDirectory(prefix="tacit-") as scratch:
+            names = [f"outputs{number}.npy" for number in range(outputs)]
+            layouts = self.layouts * len(inputs) if len(self.layouts) == 1 else self.layouts
             model = {
                 "name": "model",
                 "path": device.put(self.path),
                 "runtime": self.name,
-                "input_layout": self.input_layout,
+                "layouts": list(layouts),
                 "threads": self.threads,
+                "adapter": adapter_of(self.name),
             }
-            device.run({"op": "predict", "model": model, "inputs": device.put(staged), "outputs": "outputs.npy"})
-            return _read_outputs(device.get("outputs.npy"), count=len(inputs))
+            put = [_put(device, values, Path(scratch, f"{number}.npy")) for number, values in enumerate(inputs)]
+            device.run({"op": "predict", "model": model, "inputs": put, "outputs": names})
+            return [_read_outputs(device.get(name), count=len(inputs[0])) for name in names]
 
 
-def _installed_version(name: RuntimeName) -> str:
-    package = agent.RUNTIME_PACKAGES[name]
+def adapter_of(name: RuntimeName) -> str | None:
+    """The file that opens models of a runtime which ``agent.py`` does not know itself.
+
+    >>> adapter_of("litert") is None
+    True
+    """
+    return str(Path(__file__).with_name(_ADAPTERS[name])) if name in _ADAPTERS else None
+
+
+def installed_version(name: RuntimeName) -> str:
+    """The version of a runtime. The environment of tflite-runtime, which has one of its own, is made if need be.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    if name == "tflite-runtime":
+        tflite_runtime.environment_python()
+        return tflite_runtime.VERSION
+    package = _PACKAGES[name]
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        extra = _EXTRAS.get(name, "devices")
         raise ModuleNotFoundError(
-            f"expected the runtime {name}, got no package {package}; pip install 'tacit[devices]'"
+            f"expected the runtime {name}, got no package {package}; pip install 'tacit[{extra}]'"
         ) from None
 
 
-def _read_outputs(content: bytes, *, count: int) -> npt.NDArray[np.float32]:
+def _device_of(name: RuntimeName) -> LocalDevice:
+    return LocalDevice(python=tflite_runtime.environment_python() if name == "tflite-runtime" else None)
+
+
+def _put(device: LocalDevice, values: Values, staged: Path) -> str:
+    np.save(staged, values, allow_pickle=False)
+    return device.put(staged)
+
+
+def _read_outputs(content: bytes, *, count: int) -> Values:
     """Read a .npy file of unknown honesty: its header must agree with its size before anything is allocated."""
     stream = io.BytesIO(content)
     try:
@@ -144,7 +178,7 @@ def _read_outputs(content: bytes, *, count: int) -> npt.NDArray[np.float32]:
     except ValueError as error:
         raise ArtifactRefused(f"the runtime wrote outputs that are no .npy file: {error}") from None
     body = content[stream.tell() :]
-    whole = not fortran_order and dtype == np.float32 and len(shape) >= 2 and shape[0] == count
-    if not whole or min(shape) < 1 or 4 * math.prod(shape) != len(body):
-        raise ArtifactRefused(f"expected float32 outputs ({count}, ...), got {dtype} {shape} in {len(body)} bytes")
-    return np.frombuffer(body, dtype=np.float32).reshape(shape).copy()
+    whole = not fortran_order and dtype.kind in "fiub" and len(shape) >= 1 and shape[0] == count
+    if not whole or min(shape) < 1 or dtype.itemsize * math.prod(shape) != len(body):
+        raise ArtifactRefused(f"expected outputs ({count}, ...), got {dtype} {shape} in {len(body)} bytes")
+    return np.frombuffer(body, dtype=dtype).reshape(shape).copy()

@@ -17,11 +17,10 @@ import numpy.typing as npt
 import torch
 
 from tacit.devices.durable import write_durably
-from tacit.devices.runtime import open_artifact
 from tacit.edge.composition import Composition, build_model
 from tacit.edge.flower_app import server_plan
 from tacit.edge.run_folder import RunFolder
-from tacit.edge.variants import built_artifacts
+from tacit.edge.variants import built_artifacts, predictor_of
 from tacit.federated.checkpoint import read_weights
 from tacit.federated.client_app import CohortGate
 from tacit.federated.federation import run_plan
@@ -97,8 +96,7 @@ def ask_models(folder: RunFolder) -> list[Asked]:
     weights = folder.train / "weights.safetensors"
     asked = [_asked("float model", weights, _in_torch(folder, read_weights(weights)))]
     for artifact in built_artifacts(folder):
-        runtime = open_artifact(artifact.path, input_layout=artifact.input_layout)
-        asked.append(_asked(artifact.name, artifact.path, runtime.predict))
+        asked.append(_asked(artifact.name, artifact.path, predictor_of(folder, artifact)))
     return asked
 
 

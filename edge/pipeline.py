@@ -176,7 +176,7 @@ def _specs(recipe: Recipe) -> list[VariantSpec]:
                 f"variant {variant.name!r}: expected label={label_of(passes)!r} for its passes, got {variant.label!r}; "
                 "leave label out"
             )
-        specs.append(VariantSpec(variant.name, variant.format, passes))
+        specs.append(VariantSpec(variant.name, variant.format, passes, variant.whole))
     return specs
 
 
@@ -272,15 +272,19 @@ def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool)
 
     if device != "local":
         raise RecipeInvalid(f"expected a device that can be reached, got {device!r}; known: local", "--device")
-    artifacts = built_artifacts(folder)
-    if not artifacts:
+    built = built_artifacts(folder)
+    if not built:
         raise FolderMismatch(f"expected artifacts in {folder.path}, got none; `tacit compress {folder.path}` first")
+    # What TFLite Micro takes on this computer says nothing of a microcontroller: not measured, rather than misleading.
+    artifacts = [artifact for artifact in built if artifact.runtime != "micro"]
+    if not artifacts:
+        return {"device": device, "artifacts": {}, "failed": {}}
     done = folder.read_json("measure", f"{device}.json")
     if done is not None and not again and _covers(done, artifacts):
         return done
     with _timed(folder, "measure"):
         # A step for each artifact alone, and one for each runtime that times its artifacts together.
-        progress.begin("measure", len(artifacts) + len({artifact.path.suffix for artifact in artifacts}))
+        progress.begin("measure", len(artifacts) + len({artifact.runtime for artifact in artifacts}))
         task = task_of(folder.recipe)
         inputs = sample_inputs(task, task.load())
         mode = folder.recipe.devices.mode

@@ -172,7 +172,7 @@ class VariantTable(_Table):
     """One artifact to make."""
 
     name: Name
-    format: Literal["onnx", "tflite"]
+    format: Literal["onnx", "tflite", "ort", "micro", "pte"]
     label: str | None = None
     whole: bool = False
     passes: list[PassTable] = []

@@ -22,6 +22,8 @@ from safetensors.numpy import load, save
 
 from tacit.devices.durable import FileDamaged, write_durably
 from tacit.devices.failpoint import reach
+from tacit.devices.sandbox import ArtifactRefused
+from tacit.devices.weights import read_header
 from tacit.federated.clipping import Arrays
 
 __all__ = ["Checkpoint", "State", "load_checkpoint", "read_weights", "save_checkpoint", "write_weights"]
@@ -257,9 +259,10 @@ def read_weights(path: Path) -> Arrays:
     {'w': array([1.], dtype=float32)}
     """
     try:
+        read_header(path)  # in the sandbox: a folder may come from elsewhere
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in json.loads(file.metadata()["order"])}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (ArtifactRefused, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FileDamaged(f"expected weights written by tacit, got {path}: {error}; restore the file") from None
     if (broken := _not_finite(arrays)) is not None:
         raise FileDamaged(f"expected finite weights, got {path} with NaN or infinity in {broken}; restore it")

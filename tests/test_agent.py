@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tacit.devices import agent
 from tacit.devices.local import LocalDevice
 from tacit.devices.runtime import Runtime, identify, open_artifact
-from tacit.devices.sandbox import ArtifactCrashed, ArtifactRefused, ArtifactTimeout, Limits
+from tacit.devices.sandbox import ArtifactRefused, ArtifactTimeout, Limits
 
 # Linear(12, 3) over a channel-last (1, 2, 2, 3) input, converted by litert-torch 0.10 and kept as bytes, so that these
 # tests need neither torch nor a converter. Its weights are those of WEIGHTS and BIAS.
@@ -118,7 +118,7 @@ def test_nan_in_the_inputs_reaches_the_outputs_unhidden(tmp_path, inputs):
         ("m.onnx", b"\n<!DOCTYPE html><html>404</html>", "web page"),
         ("m.onnx", TFLITE, "content of a .onnx file"),
         ("m.tflite", b"\x08\x0a" * 40, "content of a .tflite file"),
-        ("m.pkl", b"\x80\x04", "ending in .onnx or .tflite"),
+        ("m.pkl", b"\x80\x04", "a pickle"),
     ],
 )
 def test_a_file_that_is_no_model_is_refused_by_what_it_is(tmp_path, name, content, reason):
@@ -133,53 +133,15 @@ def test_a_file_that_does_not_exist_is_said_to_be_missing(tmp_path):
 
 @pytest.mark.parametrize(("name", "model"), [("m.onnx", onnx_bytes((3, 2, 2))), ("m.tflite", TFLITE)])
 def test_a_truncated_model_is_refused_and_harms_nobody(tmp_path, inputs, name, model):
-    runtime = open_artifact(write(tmp_path / name, model[: len(model) // 2]), input_layout="channel_last")
+    path = write(tmp_path / name, model[: len(model) // 2])
     with pytest.raises(ArtifactRefused):
-        runtime.predict(inputs)
-
-
-def test_a_hostile_model_that_crashes_litert_is_a_crash_of_the_child_only(tmp_path, inputs):
-    """Four zero bytes in the root table of a valid file make LiteRT 2.3 read through a null pointer."""
-    hostile = bytearray(TFLITE)
-    hostile[16:20] = bytes(4)
-    runtime = open_artifact(write(tmp_path / "m.tflite", bytes(hostile)), input_layout="channel_last")
-    with pytest.raises(ArtifactCrashed, match="SIGSEGV"):
-        runtime.predict(inputs)
+        open_artifact(path, input_layout="channel_last").predict(inputs)
 
 
 def test_a_model_that_takes_integers_is_refused(tmp_path, inputs):
     runtime = open_artifact(write(tmp_path / "m.onnx", onnx_bytes((3, 2, 2), source_type=TensorProto.INT64)))
-    with pytest.raises(ArtifactRefused, match="one float32 input"):
+    with pytest.raises(ArtifactRefused, match="expected int64 inputs, got float32"):
         runtime.predict(inputs)
-
-
-def test_external_data_outside_the_model_file_is_not_read(tmp_path, inputs):
-    """A hostile ONNX file may name any file as its weights."""
-    secret = write(tmp_path / "secret.bin", WEIGHTS.T.copy().tobytes())
-    for location in ("secret.bin", str(secret), "../secret.bin"):
-        model = onnx.load_from_string(onnx_bytes((3, 2, 2)))
-        weights = model.graph.initializer[0]
-        weights.ClearField("raw_data")
-        weights.data_location = TensorProto.EXTERNAL
-        weights.external_data.add(key="location", value=location)
-        runtime = open_artifact(write(tmp_path / "m.onnx", model.SerializeToString()))
-        with pytest.raises(ArtifactRefused):
-            runtime.predict(inputs)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize(("name", "model"), [("m.onnx", onnx_bytes((3, 2, 2))), ("m.tflite", TFLITE)])
-def test_no_mutated_model_harms_its_parent(tmp_path, inputs, name, model):
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        mutated = np.frombuffer(model, np.uint8).copy()
-        mutated[rng.integers(8, len(mutated), 4)] = rng.integers(0, 256, 4)
-        runtime = open_artifact(write(tmp_path / name, mutated.tobytes()), input_layout="channel_last")
-        try:
-            outputs = runtime.predict(inputs)
-        except ArtifactRefused:
-            continue
-        assert len(outputs) == len(inputs)
 
 
 @pytest.mark.parametrize("inputs", [np.zeros((1, 12)), np.zeros((0, 12), np.float32), np.zeros(12, np.float32)])
@@ -216,13 +178,13 @@ def folder(tmp_path, inputs) -> Path:
     return tmp_path
 
 
-ONNX = {"name": "onnx", "path": "m.onnx", "runtime": "onnxruntime", "input_layout": "channel_first"}
-LITERT = {"name": "litert", "path": "m.tflite", "runtime": "litert", "input_layout": "channel_last"}
+ONNX = {"name": "onnx", "path": "m.onnx", "runtime": "onnxruntime", "layouts": ["channel_first"]}
+LITERT = {"name": "litert", "path": "m.tflite", "runtime": "litert", "layouts": ["channel_last"]}
 
 
 def timing(*models: dict[str, Any], **changes: Any) -> dict[str, Any]:
     brief = {"min_runs": 70, "min_s": 0.05, "max_s": 5, "warmup_s": 0.02, "min_warmup_runs": 10}
-    return {"op": "time", "models": list(models), "inputs": "inputs.npy", **brief, **changes}
+    return {"op": "time", "models": list(models), "inputs": ["inputs.npy"], **brief, **changes}
 
 
 def test_the_agent_imports_nothing_of_the_project_and_stays_short():
@@ -232,7 +194,7 @@ def test_the_agent_imports_nothing_of_the_project_and_stays_short():
 
 
 def test_the_agent_predicts_alone(folder, inputs):
-    request = {"op": "predict", "model": ONNX, "inputs": "inputs.npy", "outputs": "outputs.npy"}
+    request = {"op": "predict", "model": ONNX, "inputs": ["inputs.npy"], "outputs": ["outputs.npy"]}
     assert ask(folder, request) == (0, {"n": 7})
     np.testing.assert_allclose(np.load(folder / "outputs.npy"), linear(inputs), rtol=1e-5, atol=1e-5)
 
@@ -262,7 +224,7 @@ def test_memory_of_a_model_grows_with_its_weights(folder):
     big.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.zeros(2_000_000, np.float32), "b"))
     big.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2_000_000
     write(folder / "big.onnx", big.SerializeToString())
-    request = {"op": "memory", "model": ONNX, "inputs": "inputs.npy", "runs": 2}
+    request = {"op": "memory", "model": ONNX, "inputs": ["inputs.npy"], "runs": 2}
     _, small = ask(folder, request)
     _, large = ask(folder, {**request, "model": {**ONNX, "path": "big.onnx"}})
     assert 0 < small["peak_memory_bytes"] < 64 << 20
@@ -273,7 +235,7 @@ def test_memory_of_a_model_grows_with_its_weights(folder):
 
 def test_onnx_runtime_leaves_no_telemetry_identifier_behind(folder):
     """Imported as it comes, ONNX Runtime 1.32 writes ~/.cache/Microsoft/DeveloperTools/.onnxruntime/deviceid."""
-    request = {"op": "memory", "model": ONNX, "inputs": "inputs.npy", "runs": 1}
+    request = {"op": "memory", "model": ONNX, "inputs": ["inputs.npy"], "runs": 1}
     home = folder / "home"
     home.mkdir()
     assert ask(folder, request, HOME=str(home))[0] == 0
@@ -290,7 +252,7 @@ def test_facts_are_flat_and_name_the_versions(folder):
 
 def test_a_model_with_another_digest_is_not_run(folder):
     digest = hashlib.sha256((folder / "m.onnx").read_bytes()).hexdigest()
-    request = {"op": "memory", "model": {**ONNX, "sha256": digest}, "inputs": "inputs.npy", "runs": 1}
+    request = {"op": "memory", "model": {**ONNX, "sha256": digest}, "inputs": ["inputs.npy"], "runs": 1}
     assert ask(folder, request)[0] == 0
     request["model"]["sha256"] = digest[::-1]
     status, answer = ask(folder, request)
@@ -310,7 +272,7 @@ def test_a_runtime_that_prints_does_not_spoil_the_answer(folder):
     noisy.mkdir()
     write(noisy / "__init__.py", b"")
     write(noisy / "interpreter.py", b"import os; os.write(1, b'noise' * 1000)\nraise ImportError('told you')")
-    status, answer = ask(folder, {"op": "memory", "model": LITERT, "inputs": "inputs.npy", "runs": 1})
+    status, answer = ask(folder, {"op": "memory", "model": LITERT, "inputs": ["inputs.npy"], "runs": 1})
     assert (status, answer["error"]) == (3, "told you")
 
 
@@ -353,9 +315,9 @@ def test_nothing_in_the_working_folder_is_imported(tmp_path, inputs):
         remote = device.put(write(tmp_path / "m.tflite", TFLITE))
         # The agent's working folder is not on its path, so that a file put there is never imported.
         write(device._folder / "onnxruntime.py", b"raise SystemExit('imported')")
-        model = {"name": "m", "path": remote, "runtime": "onnxruntime", "input_layout": "channel_first"}
+        model = {"name": "m", "path": remote, "runtime": "onnxruntime", "layouts": ["channel_first"]}
         with pytest.raises(ArtifactRefused, match="ONNXRuntimeError"):
-            device.run({"op": "memory", "model": model, "inputs": device.put(tmp_path / "inputs.npy"), "runs": 1})
+            device.run({"op": "memory", "model": model, "inputs": [device.put(tmp_path / "inputs.npy")], "runs": 1})
 
 
 def test_a_request_beyond_its_time_is_ended(tmp_path, inputs):
@@ -364,4 +326,4 @@ def test_a_request_beyond_its_time_is_ended(tmp_path, inputs):
         remote = device.put(write(tmp_path / "m.onnx", onnx_bytes((3, 2, 2))))
         request = timing({**ONNX, "path": remote}, min_s=600, max_s=600, limit_s=1.5)
         with pytest.raises(ArtifactTimeout):
-            device.run({**request, "inputs": device.put(tmp_path / "inputs.npy")})
+            device.run({**request, "inputs": [device.put(tmp_path / "inputs.npy")]})

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tacit.compression import quantize_onnx, quantize_tflite
 from tacit.compression.export_onnx import export_onnx, read_stamp_onnx, stamp_onnx
 from tacit.compression.export_tflite import export_tflite, read_stamp_tflite, stamp_tflite
+from tacit.compression.forms import Source
 from tacit.compression.material import Material
 from tacit.compression.parity import compare
 from tacit.compression.passes import Shaped, apply_passes, parse_passes
@@ -147,6 +148,7 @@ def test_a_variant_says_what_it_is(built):
         "name": "tflite-small",
         "format": "tflite",
         "label": "static int8 (float I/O)",
+        "whole": False,
         "input_layout": "channel_last",
         "bytes": len(artifact),
         "sha256": hashlib.sha256(artifact).hexdigest(),
@@ -159,7 +161,7 @@ def test_a_variant_says_what_it_is(built):
                 "parameters": {"epochs": 400, "learning_rate": 0.02, "temperature": 2.0},
                 "data_use": "public",
             },
-            {"name": "static_int8", "parameters": {}, "data_use": "public"},
+            {"name": "static_int8", "parameters": {"calibration": "public"}, "data_use": "public"},
         ],
         "data_use": "public",
         "stamp": STAMP,
@@ -199,16 +201,17 @@ def test_building_again_gives_the_same_bytes_in_any_order_of_calibration(built, 
 
 
 def test_export_and_quantisation_print_nothing(model, digits, tmp_path, capfd):
-    calibration = digits["public"][:4].numpy()
+    calibration = (digits["public"][:4].numpy(),)
     for suffix, export, quantize in (
         ("onnx", export_onnx, quantize_onnx),
         ("tflite", export_tflite, quantize_tflite),
     ):
         source, target = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
-        export(model, EXAMPLE, source)
+        export(model, (EXAMPLE,), source)
+        made_of = Source(model=model, examples=(EXAMPLE,), exported=source, calibration=calibration)
         assert {"onnx": read_stamp_onnx, "tflite": read_stamp_tflite}[suffix](source) == {}
-        quantize.dynamic_int8(source, target)
-        quantize.static_int8(source, target, calibration)
+        quantize.dynamic_int8(made_of, target)
+        quantize.static_int8(made_of, target)
         for path in (source, target):
             content = path.read_bytes()
             assert b"/home" not in content
@@ -231,7 +234,7 @@ def test_three_channels_are_not_mistaken_for_rows(tmp_path):
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 2, 5)
     ).eval()
-    export_tflite(network, torch.zeros(1, 3, 10, 6), tmp_path / "m.tflite")
+    export_tflite(network, (torch.zeros(1, 3, 10, 6),), tmp_path / "m.tflite")
     images = np.random.default_rng(0).random((4, 3, 10, 6), dtype=np.float32)
     expected = network(torch.from_numpy(images)).detach().numpy()
     assert np.allclose(predict(tmp_path / "m.tflite", images), expected, atol=1e-5)
@@ -285,22 +288,28 @@ def test_a_name_that_is_no_folder_name_is_refused(name):
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ValueError, match="expected format 'onnx' or 'tflite'"):
-        VariantSpec("v", "pte")
+    with pytest.raises(ValueError, match="expected format to be one of onnx, tflite"):
+        VariantSpec("v", "mlmodel")
 
 
 @pytest.mark.parametrize(
     "calibration",
     [
-        np.zeros((0, 1, 8, 8), np.float32),
-        np.zeros((2, 1, 8, 8), np.float64),
-        np.full((2, 1, 8, 8), np.nan, np.float32),
+        None,
+        (),
+        (np.zeros((0, 1, 8, 8), np.float32),),
+        (np.ones((2, 1, 4, 8), np.float32),),
+        (np.zeros((2, 1, 8, 8), np.float32),),
+        (np.full((2, 1, 8, 8), np.nan, np.float32),),
     ],
 )
 def test_a_calibration_set_that_would_give_wrong_ranges_is_refused(calibration, tmp_path):
     for quantize in (quantize_onnx, quantize_tflite):
+        made_of = Source(
+            model=nn.Identity(), examples=(EXAMPLE,), exported=tmp_path / "absent", calibration=calibration
+        )
         with pytest.raises(ValueError, match="calibration"):
-            quantize.static_int8(tmp_path / "absent", tmp_path / "out", calibration)
+            quantize.static_int8(made_of, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

@@ -511,7 +511,7 @@ def answers_of_onnx(model, inputs, path):
 
     from tacit.compression.export_onnx import export_onnx
 
-    export_onnx(model, inputs[:1], path)
+    export_onnx(model, (inputs[:1],), path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(["logits"], {"input": inputs.numpy()})[0]
 
@@ -522,7 +522,7 @@ def answers_of_tflite(model, inputs, path):
     from tacit.compression.export_tflite import export_tflite
     from tacit.compression.silence import silenced
 
-    export_tflite(model, inputs[:1], path)
+    export_tflite(model, (inputs[:1],), path)
     with silenced():  # LiteRT announces its delegate
         runner = Interpreter(str(path), num_threads=1).get_signature_runner("serving_default")
         # Channel last, one record at a time; an autoencoder's answer stays channel first.

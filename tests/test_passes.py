@@ -32,8 +32,10 @@ def test_defaults_are_filled_in_and_data_use_is_declared():
     assert [(step.name, dict(step.parameters), step.data_use) for step in passes] == [
         ("prune", {"ratio": 0.5, "round_to": 1}, "none"),
         ("distill", {"epochs": 400, "learning_rate": 0.02, "temperature": 2.0}, "public"),
-        ("static_int8", {}, "public"),
+        ("static_int8", {"calibration": "public"}, "public"),
     ]
+    (synthetic,) = parse_passes([{"name": "static_int8", "calibration": "synthetic"}])
+    assert synthetic.data_use == "none"  # made from the model alone
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,9 @@ def test_defaults_are_filled_in_and_data_use_is_declared():
         ({"ratio": 0.5}, "expected name to be one of"),
         ({"name": 3}, "expected name to be one of"),
         ({"name": "prune", "ration": 0.5}, "did you mean 'ratio'"),
-        ({"name": "static_int8", "bits": 4}, r"expected parameters \(none\)"),
+        ({"name": "static_int8", "bits": 4}, "expected parameters calibration"),
+        ({"name": "static_int8", "calibration": "private"}, "expected calibration to be one of public, synthetic"),
+        ({"name": "dynamic_int8", "bits": 4}, r"expected parameters \(none\)"),
         ({"name": "prune"}, "ratio=None"),
         ({"name": "prune", "ratio": 0}, "expected 0 < ratio < 1"),
         ({"name": "prune", "ratio": 1.0}, "expected 0 < ratio < 1"),

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tacit.devices.local import LocalDevice
 from tacit.devices.protocol import Artifact, judge, measure, plan
 from tacit.devices.sandbox import ArtifactCrashed, ArtifactRefused
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
+from hostile_files import CRASHING_TFLITE
 
 # Linear(12, 3) over a channel-last (1, 2, 2, 3) input, converted by litert-torch 0.10.
 TFLITE = zlib.decompress(
@@ -105,11 +109,9 @@ def test_samples_that_cannot_be_latencies_are_refused(samples):
 def measured(tmp_path_factory) -> tuple[dict[str, Any], list[str]]:
     """Good and bad artifacts of both runtimes in one quick measurement."""
     folder = tmp_path_factory.mktemp("artifacts")
-    crashing = bytearray(TFLITE)
-    crashing[16:20] = bytes(4)
     artifacts = [
         Artifact(name="wide", path=write(folder / "wide.onnx", onnx_bytes(20_000))),
-        Artifact(name="crashing", path=write(folder / "crash.tflite", bytes(crashing)), input_layout="channel_last"),
+        Artifact(name="crashing", path=write(folder / "crash.tflite", CRASHING_TFLITE), input_layout="channel_last"),
         Artifact(name="narrow", path=write(folder / "narrow.onnx", onnx_bytes(4))),
         Artifact(name="lite", path=write(folder / "lite.tflite", TFLITE), input_layout="channel_last"),
         Artifact(name="pointer", path=write(folder / "p.onnx", b"version https://git-lfs.github.com/spec/v1")),
