@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tacit.compression.forms import Calibration, FormRefused
-from tacit.compression.spell_executorch import aten, is_spelled, spelled
+from tacit.compression.spell_executorch import aten, is_spelled, spelled, without_detours
 
 # What torch.export raises of a model that it does not take.
 TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError)
@@ -25,9 +25,13 @@ def spelled_and_folded(model: nn.Module, examples: tuple[Tensor, ...]) -> fx.Gra
     """The model's graph; what does not depend on the inputs is computed now, later it would take scales along."""
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
-    traced = torch.export.export(spelled(model, examples), examples, strict=False)
-    folded: fx.GraphModule = constant_prop_pass(traced).module(check_guards=False)
-    return folded
+    traced = constant_prop_pass(torch.export.export(spelled(model, examples), examples, strict=False))
+    folded: fx.GraphModule = traced.module(check_guards=False)
+    without_detours(folded.graph)
+    folded.recompile()
+    # Once more, for the values that nodes have now.
+    again: fx.GraphModule = torch.export.export(folded, examples, strict=False).module(check_guards=False)
+    return again
 
 
 def quantised(graph: fx.GraphModule, examples: tuple[Tensor, ...], calibration: Calibration | None) -> fx.GraphModule:
@@ -61,9 +65,27 @@ def quantised(graph: fx.GraphModule, examples: tuple[Tensor, ...], calibration: 
     for values in zip(*(calibration or [example.numpy() for example in examples]), strict=True):
         prepared(*(torch.from_numpy(np.ascontiguousarray(value[None])) for value in values))
     converted: fx.GraphModule = convert_pt2e(prepared)
-    if not any("quantize_per_channel" in str(node.target) for node in converted.graph.nodes):
-        raise FormRefused("expected a convolution or linear layer to quantise, got none; leave the model as float32")
+    _check_weights(converted)
     return converted
+
+
+def _check_weights(converted: fx.GraphModule) -> None:
+    """A form is not called int8 whose weights are not."""
+    names = [str(node.target) for node in converted.graph.nodes if node.op == "get_attr"]
+    tensors = [_attribute(converted, name) for name in dict.fromkeys(names) if not name.startswith("spelled_")]
+    weights = [tensor for tensor in tensors if tensor is not None and tensor.dim() > 1]
+    whole = sum(tensor.numel() for tensor in weights if tensor.dtype == torch.int8)
+    if 2 * whole < sum(tensor.numel() for tensor in weights) or not whole:
+        raise FormRefused(
+            f"expected most weights in convolutions and linear layers, which XNNPACK quantises, got {whole} of "
+            f"{sum(tensor.numel() for tensor in weights)}; leave the model as float32, or use another target"
+        )
+
+
+def _attribute(graph: fx.GraphModule, name: str) -> Tensor | None:
+    path, _, leaf = name.rpartition(".")
+    found = getattr(graph.get_submodule(path), leaf)
+    return found if isinstance(found, Tensor) else None
 
 
 def _check_convolutions(graph: fx.GraphModule) -> None:
@@ -78,7 +100,7 @@ def _check_convolutions(graph: fx.GraphModule) -> None:
             layers = [name for name, _ in node.meta.get("nn_module_stack", {}).values() if name]
             raise FormRefused(
                 f"expected convolutions of images for dynamic-range int8, got layer {''.join(layers[-1:])!r} "
-                f"({node.target}) after {source.meta['val'].dim()} axes; use static int8, or another target"
+                f"after {source.meta['val'].dim()} axes; use static int8, or another target"
             )
 
 

@@ -13,7 +13,7 @@ from tacit.compression.forms import Calibration, FormRefused, Make, Source
 from tacit.compression.ranges_tflite import ranges_of
 from tacit.compression.refusals import reason_of
 from tacit.compression.silence import silenced
-from tacit.compression.tflite_graph import Operator, operators, read_model
+from tacit.compression.tflite_graph import Operator, operators, read_model, write_model
 
 if TYPE_CHECKING:
     from ai_edge_litert.schema_py_generated import ModelT
@@ -122,7 +122,7 @@ def static_int8(source: Source, dst: Path) -> None:
         ValueError: If there is no calibration input, or one is not finite.
     """
     calibration = source.ranges_from()
-    _write(source, dst, _static(source, 8), calibration)
+    _write(source, dst, _static(source, 8), calibration, check=_end_in_floats)
 
 
 def static_int16(source: Source, dst: Path) -> None:
@@ -137,7 +137,7 @@ def static_int16(source: Source, dst: Path) -> None:
         ValueError: If there is no calibration input, or one is not finite.
     """
     calibration = source.ranges_from()
-    _write(source, dst, _static(source, 16), calibration, headroom=_HEADROOM_SIXTEEN)
+    _write(source, dst, _static(source, 16), calibration, headroom=_HEADROOM_SIXTEEN, check=_end_in_floats)
 
 
 def full_int8(source: Source, dst: Path) -> None:
@@ -179,7 +179,11 @@ def _static(source: Source, activation_bits: Literal[8, 16]) -> Callable[[Quanti
     chosen = _exactly(weighted | _moving_beside(graph, weighted, every=False))
 
     def configure(quantise: Quantizer) -> None:
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
         quantise.add_static_config(chosen, _name("*"), activation_bits, 8)
+        for end in ("INPUT", "OUTPUT"):  # named after the operators beside them, which are chosen by name
+            quantise.update_quantization_recipe(".*", _name(end), algorithm_key=AlgorithmName.NO_QUANTIZE)
 
     return configure
 
@@ -241,6 +245,7 @@ def _write(
             _refuse_unchanged(model)
             if check is not None:
                 check(model)
+                write_model(model, scratch)
             strip_tflite(scratch)
             scratch.replace(dst)
         finally:
@@ -254,6 +259,48 @@ def _refuse_unchanged(model: ModelT) -> None:
     constants = (tensor for tensor in model.subgraphs[0].tensors if model.buffers[tensor.buffer].data is not None)
     if not any(tensor.type in small for tensor in constants):
         raise FormRefused("expected a layer with weights, such as a convolution, got none; ship float32")
+
+
+def _end_in_floats(model: ModelT) -> None:
+    """Gives floats back where the quantiser left a whole number at an output: the label says float outputs.
+
+    It does so where an output also goes into a quantised layer.
+    """
+    from ai_edge_litert.schema_py_generated import BufferT, OperatorT, TensorT, TensorType
+
+    graph, whole = model.subgraphs[0], (TensorType.INT8, TensorType.INT16)
+    if any(graph.tensors[number].type in whole for number in graph.inputs):
+        raise FormRefused("expected floats as inputs of the file, got whole numbers; choose full-integer int8")
+    for place, number in enumerate(graph.outputs):
+        before = graph.tensors[number]
+        if before.type not in whole:
+            continue
+        after, operator = TensorT(), OperatorT()
+        after.shape, after.shapeSignature, after.type = before.shape, before.shapeSignature, TensorType.FLOAT32
+        after.name, after.buffer, after.hasRank = before.name + b"_floats", len(model.buffers), before.hasRank
+        model.buffers.append(BufferT())
+        graph.tensors.append(after)
+        operator.opcodeIndex, operator.inputs = _dequantize(model), [number]
+        operator.outputs = [len(graph.tensors) - 1]
+        graph.operators.append(operator)
+        graph.outputs[place] = len(graph.tensors) - 1
+        for signature in model.signatureDefs:
+            for port in signature.outputs:
+                if port.tensorIndex == number:
+                    port.tensorIndex = len(graph.tensors) - 1
+
+
+def _dequantize(model: ModelT) -> int:
+    """The number of the operator that makes floats of whole numbers, which the model learns where it has none."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator, OperatorCodeT
+
+    codes = [code.builtinCode for code in model.operatorCodes]
+    if BuiltinOperator.DEQUANTIZE not in codes:
+        code = OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = BuiltinOperator.DEQUANTIZE
+        code.version = 3
+        model.operatorCodes.append(code)
+    return [code.builtinCode for code in model.operatorCodes].index(BuiltinOperator.DEQUANTIZE)
 
 
 def _refuse_floats(model: ModelT) -> None:

@@ -110,6 +110,47 @@ def spelled(model: nn.Module, examples: tuple[Tensor, ...]) -> fx.GraphModule:
     return traced
 
 
+def without_detours(graph: fx.Graph) -> fx.Graph:
+    """Takes out what leads from four axes to three and back: sequences stay images of width 1, as XNNPACK has them.
+
+    Args:
+        graph: Of `torch.export`, with the values of its nodes; changed.
+
+    Returns:
+        The same.
+    """
+    for node in list(graph.nodes):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or node.op != "call_function":
+            continue
+        if node.target in _ALONE and _is_flattened(source):
+            with graph.inserting_before(node):
+                ahead = graph.call_function(node.target, (source.args[0], *node.args[1:]), node.kwargs)
+                behind = graph.call_function(aten.view.default, (ahead, list(node.meta["val"].shape)))
+            ahead.meta, behind.meta = {**node.meta, "val": node.meta["val"].unsqueeze(3)}, node.meta
+            node.replace_all_uses_with(behind)
+        elif _is_lifted(node) and _is_flattened(source):
+            node.replace_all_uses_with(source.args[0])
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _is_lifted(node: fx.Node) -> bool:
+    """Whether it only adds an axis of length 1 behind three."""
+    if node.target not in (aten.view.default, aten.unsqueeze.default):
+        return False
+    source, made = node.args[0], node.meta["val"].shape
+    return isinstance(source, fx.Node) and len(made) == 4 and (*source.meta["val"].shape, 1) == tuple(made)
+
+
+def _is_flattened(node: fx.Node) -> bool:
+    """Whether it only takes an axis of length 1 away behind three."""
+    if node.target is not aten.view.default:
+        return False
+    source, made = node.args[0], node.meta["val"].shape
+    return isinstance(source, fx.Node) and len(made) == 3 and tuple(source.meta["val"].shape) == (*made, 1)
+
+
 def is_spelled(node: fx.Node) -> bool:
     """Whether a node of an exported graph is part of a norm, which stays float32 in every form.
 
@@ -201,6 +242,42 @@ def _pad(values: Tensor, sides: Sequence[int], mode: str = "constant", fill: flo
     return values
 
 
+def _conv1d(
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """Of images of width 1."""
+    sides = (*stride, 1), (*padding, 0), (*dilation, 1)
+    image = F.conv2d(values.unsqueeze(3), weight.unsqueeze(3), bias, *sides, groups)
+    return image.view(image.shape[:3])
+
+
+def _conv_same(
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: str = "valid",
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """A convolution whose padding is a word, with numbers: only those are quantised."""
+    axes = values.dim() - 2
+    each = list(dilation) * axes if len(dilation) == 1 else list(dilation)
+    missing = [far * (side - 1) for far, side in zip(each, weight.shape[2:], strict=True)]
+    if padding == "same":
+        sides = [side for total in reversed(missing) for side in (total // 2, total - total // 2)]
+        values = _pad(values, sides) if any(sides) else values
+    if axes == 1:
+        return _conv1d(values, weight, bias, stride, (0,), dilation, groups)
+    return F.conv2d(values, weight, bias, tuple(stride), 0, tuple(dilation), groups)
+
+
 def _select(values: Tensor, axis: int, index: int) -> Tensor:
     """As a slice, which XNNPACK takes. A split is left: as slices, gates of an int8 LSTM came out wrong."""
     shape = [size for place, size in enumerate(values.shape) if place != axis % values.dim()]
@@ -215,9 +292,22 @@ _FUNCTIONS: Mapping[Any, Callable[..., Any]] = MappingProxyType(
     {
         aten.mean.dim: _mean,
         aten.unbind.int: _unbind,
+        aten.conv1d.default: _conv1d,
+        aten.conv1d.padding: _conv_same,
+        aten.conv2d.padding: _conv_same,
         aten.pad.default: _pad,
         aten.select.int: _select,
     }
+)
+# What changes each value by itself.
+_ALONE = (
+    aten.relu.default,
+    aten.relu6.default,
+    aten.gelu.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.hardtanh.default,
+    aten.leaky_relu.default,
 )
 _NORMS: Mapping[Any, Callable[..., nn.Module | None]] = MappingProxyType(
     {aten.group_norm.default: _group_norm, aten.layer_norm.default: _layer_norm}

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ai_edge_litert.interpreter import Interpreter
 from torch import nn
 
 from tacit.compression import export as exporting
@@ -56,6 +57,10 @@ def test_two_inputs_and_two_outputs_answer_as_their_model(model, inputs, tmp_pat
     artifact = export(model, examples(inputs), tmp_path / f"m.{suffix}", form=form, calibration=tuple(inputs))
     first, second = artifact.check(model, inputs)
     assert (first.max_abs, second.max_abs) < (0.5, 0.5)
+    if suffix == "tflite":
+        interpreter = Interpreter(str(artifact.path))
+        ends = (*interpreter.get_input_details(), *interpreter.get_output_details())
+        assert {end["dtype"] for end in ends} == {np.float32}  # also where an output goes into a quantised layer
     swapped = artifact.run(inputs)[::-1]  # a control: outputs in the other order are other outputs
     assert [values.shape for values in swapped] == [(40, 8), (40, 4)]
     assert list(tmp_path.iterdir()) == [artifact.path]

@@ -139,7 +139,7 @@ def test_the_json_form_is_fixed():
         {"mean": [None]},
         {"std": [0]},
         {"std": [-1]},
-        {"output": "probabilities"},
+        {"output": "probability"},
     ],
 )
 def test_json_that_is_not_an_interface_is_refused(change):

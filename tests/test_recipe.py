@@ -323,7 +323,7 @@ def test_fewer_owners_than_the_default_quorum_need_no_second_override():
         ("federated.rounds.x=3", "expected a valid integer"),
         ("task.name.x=3", "expected a valid string"),
         ("privacy.epsilon=nan", "expected a finite number"),
-        ("compression.variants=[{name='a', format='bad'}]", "expected 'onnx' or 'tflite'"),
+        ("compression.variants=[{name='a', format='bad'}]", "expected 'onnx', 'tflite', 'ort', 'micro' or 'pte'"),
         ("federated..rounds=3", "expected a known key, got 'federated.'"),
     ],
 )
