@@ -42,7 +42,8 @@ def export_executorch(model: nn.Module, examples: tuple[Tensor, ...], path: Path
 def dynamic_int8(source: Source, dst: Path) -> None:
     """Write int8 weights of convolutions and linear layers; ranges are taken at run time, so no data are needed.
 
-    Guarantees: before it is written, the program has answered as its graph does in PyTorch on a few inputs.
+    Guarantees: before it is written, the program has been about as near to the model on a few inputs as PyTorch is when
+    it computes in int8.
 
     Raises:
         FormRefused: As `export_executorch`; there is nothing to quantise; a convolution of something else than images.
@@ -90,12 +91,9 @@ def _write(
             raise FormRefused(
                 f"expected a model that torch.export takes, got {layer_at(error, frozen)}: {reason_of(error)}"
             ) from error
-        if int8:
-            graph = lowering.quantised(graph, examples, calibration)
-        content = lowering.lowered(graph, examples)
-        tolerance = lowering.INT8_TOLERANCE if int8 else lowering.FLOAT_TOLERANCE
-        probes = lowering.probes(examples, calibration)
-        lowering.check_program(content, graph if int8 else frozen, probes, tolerance)
+        whole = lowering.quantised(graph, examples, calibration) if int8 else None
+        content = lowering.lowered(graph if whole is None else whole, examples)
+        lowering.check_program(content, frozen, lowering.probes(examples, calibration), whole)
         path.write_bytes(content)
 
 

@@ -14,9 +14,9 @@ from tacit.compression.spell_executorch import aten, is_spelled, spelled, withou
 
 # What torch.export raises of a model that it does not take.
 TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError)
-# By how much of the largest output a program may differ from what it was made from.
-FLOAT_TOLERANCE, INT8_TOLERANCE = 1e-3, 0.05
-_LEAST, _PROBES = 1e-3, 6
+# How far a program may be from its model: times as far as its int8 graph, and a share of the largest output.
+_TIMES, _FLOAT_SHARE, _INT8_SHARE, _LEAST = 3.0, 1e-3, 0.02, 1e-3
+_PROBES = 6
 _OPERATOR = re.compile(r"(?:aten|prims|quantized_decomposed)[.:]+(\w+)")
 _WEIGHTED = (aten.conv1d.default, aten.conv2d.default, aten.linear.default)
 
@@ -130,8 +130,16 @@ def lowered(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> bytes:
         ) from error
 
 
-def check_program(content: bytes, judge: nn.Module, inputs: list[tuple[Tensor, ...]], tolerance: float) -> None:
+def check_program(
+    content: bytes, model: nn.Module, inputs: list[tuple[Tensor, ...]], quantised: nn.Module | None = None
+) -> None:
     """Refuse a program that does not run, or computes something else than it should: both are written at times.
+
+    Args:
+        content: The program.
+        model: What it should answer as.
+        inputs: Compared on these.
+        quantised: Its int8 graph; the program may then be about as far from the model as that one is in PyTorch.
 
     Raises:
         FormRefused: So it is.
@@ -145,16 +153,25 @@ def check_program(content: bytes, judge: nn.Module, inputs: list[tuple[Tensor, .
         raise FormRefused(
             f"expected a program that runs, got: {' '.join(str(error).split())[:200]}; choose another form or target"
         ) from error
-    for one, found in zip(inputs, answers, strict=True):
-        with torch.no_grad():
-            wanted = judge(*one)
-        for right, given in zip(wanted if isinstance(wanted, tuple | list) else (wanted,), found, strict=True):
-            off = float((right - given).abs().max()) / max(float(right.abs().max()), _LEAST)
-            if not off <= tolerance:
-                raise FormRefused(
-                    f"expected XNNPACK to compute what the model does, got outputs off by {off:.2g} of the largest; "
-                    "choose another form or target"
-                )
+    wanted = _answers(model, inputs)
+    plain = _answers(quantised, inputs) if quantised is not None else wanted
+    for place, right in enumerate(wanted):
+        off = float((torch.stack([answer[place] for answer in answers]) - right).abs().max())
+        largest, expected = float(right.abs().max()), float((plain[place] - right).abs().max())
+        share = _FLOAT_SHARE if quantised is None else _INT8_SHARE
+        if not off <= _TIMES * expected + share * max(largest, _LEAST):
+            raise FormRefused(
+                f"expected XNNPACK to compute what the model does, got outputs off by {off:.2g} where the largest is "
+                f"{largest:.2g}; choose another form or target"
+            )
+
+
+def _answers(model: nn.Module, inputs: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """One tensor (inputs, ...) an output."""
+    with torch.no_grad():
+        found = [model(*one) for one in inputs]
+    each = [one if isinstance(one, tuple | list) else (one,) for one in found]
+    return [torch.stack(column) for column in zip(*each, strict=True)]
 
 
 def probes(examples: tuple[Tensor, ...], calibration: Calibration | None) -> list[tuple[Tensor, ...]]:

@@ -210,13 +210,13 @@ def test_convolutions_of_sequences_have_no_dynamic_form(tmp_path):
 def test_a_program_that_computes_something_else_is_refused(written, model, inputs, examples):
     content = written["float32"].path.read_bytes()
     probes = lowering.probes(examples, None)
-    lowering.check_program(content, model, probes, lowering.FLOAT_TOLERANCE)
+    lowering.check_program(content, model, probes)
     other = seeded(Residual)
     other.head.bias.data.add_(0.1)
     with pytest.raises(FormRefused, match="expected XNNPACK to compute what the model does, got outputs off by"):
-        lowering.check_program(content, other, probes, lowering.FLOAT_TOLERANCE)
+        lowering.check_program(content, other, probes)
     with pytest.raises(FormRefused, match="expected a program that runs"):
-        lowering.check_program(content[:200], model, probes, lowering.FLOAT_TOLERANCE)
+        lowering.check_program(content[:200], model, probes)
 
 
 def test_whole_numbers_and_embeddings(tmp_path):
