@@ -18,7 +18,7 @@ from tacit.compression.export_onnx import check_examples, count_outputs
 from tacit.compression.forms import FORMS, Calibration, Label, Source
 from tacit.compression.material import Answers
 from tacit.compression.parity import LAYER_TOLERANCE, Parity, compare
-from tacit.compression.targets import TARGETS, Format, check_form, target_of
+from tacit.compression.targets import TARGETS, Format, check_form, label_of, target_of
 from tacit.devices.runtime import open_artifact
 
 __all__ = ["Exported", "export", "outputs_of", "write_form"]
@@ -45,7 +45,7 @@ class Exported:
     @property
     def label(self) -> Label:
         """What reports call the form."""
-        return FORMS[self.form].label
+        return label_of(self.target, self.form)
 
     def run(self, inputs: Sequence[Values]) -> list[Values]:
         """Outputs, each (n, ...), for inputs, each (n, *shape) and channel first, in the target's own runtime.

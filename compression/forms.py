@@ -20,6 +20,7 @@ Label = Literal[
     "weight-only int8",
     "weight-only int4",
     "static int8 (float I/O)",
+    "static int8 (integer I/O)",
     "full-integer int8",
     "static int16 activations, int8 weights (float I/O)",
 ]
@@ -36,7 +37,7 @@ class Form:
     """One form.
 
     Attributes:
-        label: What reports call it: never just "int8".
+        label: What reports call it, where its target has no other (`targets.label_of`): never just "int8".
         calibrated: Whether ranges of activations are taken from inputs, on which the file then depends.
     """
 

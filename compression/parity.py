@@ -26,6 +26,7 @@ MINIMUM_AGREEMENT: Mapping[str, float] = MappingProxyType(
         "weight-only int8": 0.98,
         "weight-only int4": 0.9,
         "static int8 (float I/O)": 0.98,
+        "static int8 (integer I/O)": 0.98,
         "full-integer int8": 0.98,
         "static int16 activations, int8 weights (float I/O)": 0.98,
     }
@@ -39,6 +40,7 @@ MOST_DIFFERENCE: Mapping[str, float] = MappingProxyType(
         "weight-only int8": 0.25,
         "weight-only int4": 2.0,
         "static int8 (float I/O)": 1.0,
+        "static int8 (integer I/O)": 1.0,
         "full-integer int8": 1.0,
         "static int16 activations, int8 weights (float I/O)": 1.0,
     }
@@ -51,6 +53,7 @@ MINIMUM_COSINE: Mapping[str, float] = MappingProxyType(
         "weight-only int8": 0.98,
         "weight-only int4": 0.9,
         "static int8 (float I/O)": 0.98,
+        "static int8 (integer I/O)": 0.98,
         "full-integer int8": 0.98,
         "static int16 activations, int8 weights (float I/O)": 0.98,
     }
@@ -67,6 +70,7 @@ LAYER_TOLERANCE: Mapping[str, float] = MappingProxyType(
         "weight-only int8": 0.1,
         "weight-only int4": 0.4,
         "static int8 (float I/O)": 0.2,
+        "static int8 (integer I/O)": 0.2,
         "full-integer int8": 0.2,
         "static int16 activations, int8 weights (float I/O)": 0.1,
     }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tacit.compression.distill import distill
-from tacit.compression.forms import FORMS, Label
+from tacit.compression.forms import FORMS
 from tacit.compression.material import Material
 from tacit.compression.plan import Plan, compose
 from tacit.compression.prune import prune
@@ -144,16 +144,6 @@ def parse_passes(entries: Iterable[Mapping[str, object]]) -> tuple[Pass, ...]:
                 f"{position + 1} of {len(passes)}; move it to the end"
             )
     return passes
-
-
-def label_of(passes: Sequence[Pass]) -> Label:
-    """Return the honest label of what these passes make: never just "int8".
-
-    Example:
-        >>> label_of(parse_passes([{"name": "dynamic_int8"}]))
-        'dynamic-range int8'
-    """
-    return FORMS[form_of(passes)].label
 
 
 def form_of(passes: Sequence[Pass]) -> str:

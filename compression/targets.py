@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -16,7 +16,7 @@ from tacit.compression.export_executorch import FORMS as EXECUTORCH_FORMS
 from tacit.compression.export_executorch import export_executorch, read_stamp_executorch, stamp_executorch
 from tacit.compression.export_onnx import export_onnx, read_stamp_onnx, stamp_onnx
 from tacit.compression.export_tflite import export_tflite, read_stamp_tflite, stamp_tflite
-from tacit.compression.forms import FORMS, FormRefused, Make
+from tacit.compression.forms import FORMS, FormRefused, Label, Make
 from tacit.devices.runtime import InputLayout, RuntimeName
 
 Format = Literal["onnx", "tflite", "ort", "micro", "pte"]
@@ -35,6 +35,7 @@ class Target:
         stamp: Writes metadata into a file, replacing what it wrote before.
         read_stamp: Reads them.
         beside: Files that belong beside an artifact, by name; None where there are none.
+        labels: What forms are called here, where that is another name than elsewhere.
     """
 
     suffix: str
@@ -45,7 +46,11 @@ class Target:
     stamp: Callable[[Path, Mapping[str, str]], None]
     read_stamp: Callable[[Path], dict[str, str]]
     beside: Callable[[Path], Mapping[str, bytes]] | None = None
+    labels: Mapping[str, Label] = field(default_factory=dict)
 
+
+# onnxruntime computes norms, softmax and recurrent layers with floats whatever goes in and comes out.
+_INTEGER_ENDS: Mapping[str, Label] = MappingProxyType({"full_int8": "static int8 (integer I/O)"})
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
@@ -57,6 +62,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             forms=quantize_onnx.FORMS,
             stamp=stamp_onnx,
             read_stamp=read_stamp_onnx,
+            labels=_INTEGER_ENDS,
         ),
         "tflite": Target(
             suffix="tflite",
@@ -85,6 +91,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             forms=export_ort.FORMS,
             stamp=export_ort.stamp_ort,
             read_stamp=export_ort.read_stamp_ort,
+            labels=_INTEGER_ENDS,
         ),
         "pte": Target(
             suffix="pte",
@@ -114,6 +121,16 @@ def target_of(name: str) -> Target:
     return TARGETS[name]
 
 
+def label_of(target: str, form: str) -> Label:
+    """What reports call a form in a target.
+
+    Example:
+        >>> label_of("onnx", "full_int8"), label_of("tflite", "full_int8")
+        ('static int8 (integer I/O)', 'full-integer int8')
+    """
+    return target_of(target).labels.get(form, FORMS[form].label)
+
+
 def check_form(target: str, form: str) -> None:
     """Refuse a form that a target does not hold, before any work is done.
 
@@ -125,7 +142,7 @@ def check_form(target: str, form: str) -> None:
     """
     held = ["float32", *target_of(target).forms]
     if form not in held:
-        labels = ", ".join(FORMS[name].label for name in held)
+        labels = ", ".join(label_of(target, name) for name in held)
         raise FormRefused(
             f"expected a form that {target} holds ({labels}), got {form!r}; choose another form or target"
         )

@@ -24,11 +24,10 @@ from tacit.compression.passes import (
     Shaped,
     check_material,
     form_of,
-    label_of,
     require_public,
     strongest_data_use,
 )
-from tacit.compression.targets import TARGETS, Format, check_form, target_of
+from tacit.compression.targets import TARGETS, Format, check_form, label_of, target_of
 from tacit.compression.whole import Whole, raw_values
 
 SCHEMA_VERSION = 1
@@ -197,7 +196,7 @@ def _describe(spec: VariantSpec, shaped: Shaped, artifact: Path, stamp: Mapping[
         "schema_version": SCHEMA_VERSION,
         "name": spec.name,
         "format": spec.format,
-        "label": label_of(spec.passes),
+        "label": label_of(spec.format, form_of(spec.passes)),
         "whole": spec.whole,
         "input_layout": TARGETS[spec.format].layout,
         "bytes": len(content),

@@ -162,7 +162,8 @@ def _check(recipe: Recipe, where: str, progress: Progress) -> None:
 
 
 def _specs(recipe: Recipe) -> list[VariantSpec]:
-    from tacit.compression.passes import label_of, parse_passes
+    from tacit.compression.passes import form_of, parse_passes
+    from tacit.compression.targets import label_of
     from tacit.compression.variant import VariantSpec
 
     specs = []
@@ -171,12 +172,14 @@ def _specs(recipe: Recipe) -> list[VariantSpec]:
             passes = parse_passes(variant.passes)
         except ValueError as error:
             raise ValueError(f"variant {variant.name!r}: {error}") from None
-        if variant.label not in (None, label_of(passes)):
+        spec = VariantSpec(variant.name, variant.format, passes, variant.whole)
+        label = label_of(spec.format, form_of(passes))
+        if variant.label not in (None, label):
             raise ValueError(
-                f"variant {variant.name!r}: expected label={label_of(passes)!r} for its passes, got {variant.label!r}; "
+                f"variant {variant.name!r}: expected label={label!r} for its passes, got {variant.label!r}; "
                 "leave label out"
             )
-        specs.append(VariantSpec(variant.name, variant.format, passes, variant.whole))
+        specs.append(spec)
     return specs
 
 

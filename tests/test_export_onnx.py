@@ -623,8 +623,8 @@ def test_full_integer_files_take_and_give_whole_numbers_whose_scales_outlive_a_s
     assert list(scales) == ["input_0", "input_1", "output_0", "output_1"]
     inputs = [values.numpy() for values in module.inputs]
     found = open_artifact(path).run(inputs, outputs=2)
-    assert agrees(module.outputs, found, "full-integer int8")
-    assert not agrees(module.outputs, [2 * values for values in found], "full-integer int8")
+    assert agrees(module.outputs, found, "static int8 (integer I/O)")
+    assert not agrees(module.outputs, [2 * values for values in found], "static int8 (integer I/O)")
     for number, values in enumerate(found):
         scale, zero = scales[f"output_{number}"]
         whole = values / np.float32(scale) + zero

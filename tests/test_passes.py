@@ -8,7 +8,7 @@ from tacit.compression.material import Material
 from tacit.compression.passes import (
     Pass,
     apply_passes,
-    label_of,
+    form_of,
     parse_passes,
     strongest_data_use,
 )
@@ -84,18 +84,18 @@ def test_a_pass_cannot_understate_its_data_use():
 
 
 @pytest.mark.parametrize(
-    ("names", "label", "use"),
+    ("names", "form", "use"),
     [
         ([], "float32", "none"),
         ([PRUNE], "float32", "none"),
         ([PRUNE, DISTILL], "float32", "public"),
-        ([{"name": "dynamic_int8"}], "dynamic-range int8", "none"),
-        ([PRUNE, {"name": "static_int8"}], "static int8 (float I/O)", "public"),
+        ([{"name": "dynamic_int8"}], "dynamic_int8", "none"),
+        ([PRUNE, {"name": "static_int8"}], "static_int8", "public"),
     ],
 )
-def test_the_label_and_the_strongest_data_use_follow_from_the_passes(names, label, use):
+def test_the_form_and_the_strongest_data_use_follow_from_the_passes(names, form, use):
     passes = parse_passes(names)
-    assert (label_of(passes), strongest_data_use(passes)) == (label, use)
+    assert (form_of(passes), strongest_data_use(passes)) == (form, use)
 
 
 @pytest.mark.parametrize("entry", [DISTILL, {"name": "static_int8"}])
