@@ -7,7 +7,8 @@ operators, are timed, on one thread, with a batch of one, in blocks of milliseco
 peer's. The case's figure is of static int8, calibrated with the same 64 images; other forms stand beside it. A time is
 the tenth percentile over the rounds, which a busy machine shifts least; a ratio above 1 says that ours is faster, and
 its spread is that of neighbouring blocks. Accuracy is on 360 images that neither has seen.
-`--norms` times the spellings of GroupNorm among which `compression/norms.py` chooses.
+`--norms` times the spellings of GroupNorm among which `compression/norms.py` chooses. `--digits` says how long a
+process takes, its start included, to export the model of `digits` to ONNX and TFLite and to compare both with PyTorch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +35,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tacit.compression.export import write_form
+from tacit.compression.export import export, write_form
 from tacit.compression.export_onnx import export_onnx
 from tacit.compression.forms import Source
 from tacit.compression.norms import Spelling
@@ -58,7 +60,7 @@ QUICK = ("cnn", "ds-cnn", "mlp")
 FORMS = ("static_int8", "dynamic_int8", "float32")
 SPELLINGS: tuple[Spelling, ...] = ("exporter", "layer", "instance", "batch")
 EPOCHS, CALIBRATION, TEST = 4, 64, 360
-_PACKAGES = ("torch", "onnx", "onnxruntime", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "litert-torch", "ai-edge-quantizer", "ai-edge-litert", "executorch")
 BLOCK_S = 0.002
 
 Images = np.ndarray
@@ -186,9 +188,39 @@ def _make_tflite_default(work: Work, form: str, path: Path) -> str:
     return ""
 
 
+def _open_pte(path: Path) -> Infer:
+    from tacit.devices.executorch import open_model
+
+    with silenced():  # it announces its threads
+        infer, _, _ = open_model(str(path), 1)
+    return lambda image: infer([image])[0]
+
+
+def _make_pte_default(work: Work, form: str, path: Path) -> str:
+    """XNNPACKQuantizer and to_edge_transform_and_lower as ExecuTorch's XNNPACK guide has them."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+    from executorch.exir import to_edge_transform_and_lower
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    example = (torch.from_numpy(work.test[:1]),)
+    model = work.model
+    if form != "float32":
+        config = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=form == "dynamic_int8")
+        quantizer = xnnpack.XNNPACKQuantizer().set_global(config)
+        prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
+        for image in work.calibration:
+            prepared(torch.from_numpy(image[None]))
+        model = convert_pt2e(prepared)
+    program = to_edge_transform_and_lower(torch.export.export(model, example), partitioner=[XnnpackPartitioner()])
+    path.write_bytes(program.to_executorch().buffer)
+    return ""
+
+
 PEERS: Mapping[str, Peer] = {
     "onnx": Peer(name="onnxruntime-default", make=_make_onnx_default, open=_open_onnx),
     "tflite": Peer(name="ai-edge-quantizer-default", make=_make_tflite_default, open=_open_tflite),
+    "pte": Peer(name="executorch-default", make=_make_pte_default, open=_open_pte),
 }
 
 
@@ -199,11 +231,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--norms", action="store_true")
+    parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--digits-here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounds = 60 if options.quick else 200
     every = [f"{model}-{target}" for target in PEERS for model in (QUICK if options.quick else MODELS)]
     with tempfile.TemporaryDirectory() as folder:
+        if options.digits:
+            started_s = time.perf_counter()
+            subprocess.run([sys.executable, __file__, "--digits-here"], check=True)
+            _say(f"{time.perf_counter() - started_s:.1f} s")
+            return
+        if options.digits_here:
+            _export_digits(Path(folder))
+            return
         if options.norms:
             _compare_norms(Path(folder), rounds)
             return
@@ -308,6 +350,17 @@ def _stretched(images: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return F.interpolate(images.flatten(1)[:, None], size=shape[0], mode="linear")[:, 0].contiguous()
     wide = F.interpolate(images[:, None], size=shape[-2:], mode="bilinear")
     return wide.expand(-1, shape[0], -1, -1).contiguous() if len(shape) == 3 else wide[:, 0].contiguous()
+
+
+def _export_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    images = (load_digits().images[:, None] / 8 - 1).astype(np.float32)
+    model = build_family({"family": "cnn"}, shape=(1, 8, 8), outputs=10).eval()
+    for target in ("onnx", "tflite"):
+        artifact = export(model, (torch.zeros(1, 1, 8, 8),), folder / f"digits.{target}", target=target)
+        (found,) = artifact.check(model, [images], answers="classes")
+        _say(f"{target}: {found.top1_agreement:.1%} of {found.n} agree, off by {found.max_abs:.1e} at most")
 
 
 def _compare_norms(folder: Path, rounds: int) -> None:

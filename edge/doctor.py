@@ -54,6 +54,7 @@ _LIBRARIES = (
     _Library("litert-torch", (0, 10), (0, 11), "tflite"),
     _Library("ai-edge-litert", (2,), (3,), "devices"),
     _Library("ai-edge-quantizer", (0, 10), (0, 11), "tflite"),
+    _Library("executorch", (1, 5), (1, 6), "executorch"),
 )
 
 
@@ -75,6 +76,7 @@ def examine() -> list[Check]:
     return [
         _python(sys.version_info[:3]),
         *(_library(library, _installed(library.name)) for library in _LIBRARIES),
+        _micro(_installed("tflite-micro")),
         _processor(_cpu_flags(), platform.machine()),
         _cores(_usable_cores()),
         _memory(_available_memory_bytes()),
@@ -119,6 +121,13 @@ def _library(library: _Library, version: str | None) -> Check:
     if release >= _padded(library.below):
         return Check(library.name, "warn", f"{version}, newer than the tested {requirement}", upgrade)
     return Check(library.name, "ok", version)
+
+
+def _micro(version: str | None) -> Check:
+    """Of TensorFlow Lite Micro there are pre-releases alone, and the extra names the one that was tried."""
+    if version is None:
+        return Check("tflite-micro", "warn", "not installed", "pip install 'tacit[micro]'")
+    return Check("tflite-micro", "ok", version)
 
 
 def _release(version: str) -> Release | None:

@@ -113,6 +113,7 @@ def test_a_torch_with_a_known_hole_is_named_with_the_hole_and_its_cure() -> None
 def test_a_missing_optional_library_names_the_extra_and_a_missing_core_one_fails() -> None:
     assert doctor._library(TORCH, None) == Check("torch", "warn", "not installed", "pip install 'tacit[federated]'")
     assert doctor._library(NUMPY, None).status == "fail"
+    assert doctor._micro(None) == Check("tflite-micro", "warn", "not installed", "pip install 'tacit[micro]'")
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.lists(st.integers(0, 30), min_size=1, max_size=4))
