@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from flwr.app import Context
 from flwr.serverapp import Grid
@@ -24,6 +24,7 @@ from tacit.federated.failures import Failures, choose, over_select
 from tacit.federated.faulty_grid import FaultyGrid
 from tacit.federated.folding import Combine, by_rule, fairly, weighted
 from tacit.federated.mechanism import Mechanism, PrivacyRefused
+from tacit.federated.pass_workers import PassWorkers
 from tacit.federated.plugged import find_strategy
 from tacit.federated.roster import Roster
 from tacit.federated.scaffold import ControlVariates
@@ -215,8 +216,8 @@ def together(
     if why is not None:
         raise RecipeRefused(f"expected federated.engine='sequential', got {federated.engine!r}, which has no {why}")
     if federated.engine == "vectorised":
-        steps = _cohort_steps(composition)
-        yield Together(AtOnce(steps), find, gate)
+        with closing(PassWorkers(tell=tell)) as share:
+            yield Together(AtOnce(_cohort_steps(composition, share)), find, gate)
     elif federated.engine == "workers" and cores() > 1:  # on one core alone there is nothing to gain, at the same bytes
         workers = Workers(composition.watched_owners(), tell=tell)
         try:
@@ -227,7 +228,7 @@ def together(
         yield None
 
 
-def _cohort_steps(composition: Composition) -> CohortSteps:
+def _cohort_steps(composition: Composition, share: PassWorkers) -> CohortSteps:
     """Of all owners at once, where the recipe says.
 
     Raises:
@@ -237,7 +238,7 @@ def _cohort_steps(composition: Composition) -> CohortSteps:
     device = best_accelerator() if federated.accelerator == "auto" else federated.accelerator
     check_accelerator(device)
     model, rate = build_model(recipe), federated.batch_rate
-    return CohortSteps(composition.task, model, composition.rule, batch_rate=rate, device=device)
+    return CohortSteps(composition.task, model, composition.rule, batch_rate=rate, device=device, share=share)
 
 
 def _engine_refusal(composition: Composition) -> str | None:

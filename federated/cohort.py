@@ -18,7 +18,7 @@ import torch
 
 from tacit.federated.accelerator import Accelerator
 from tacit.federated.clipping import Arrays
-from tacit.federated.cohort_passes import CohortPasses, CohortRecords
+from tacit.federated.cohort_passes import CohortPasses, CohortRecords, Shares
 from tacit.federated.local_steps import LocalRule, LocalSteps
 from tacit.federated.mechanism import Mechanism
 from tacit.federated.noise import Randomness
@@ -123,6 +123,7 @@ class CohortSteps:
         *,
         batch_rate: float,
         device: Accelerator = "cpu",
+        share: Shares | None = None,
     ) -> None:
         """Prepares a model for which `cohort_refusal` is None; its weights are not used.
 
@@ -132,10 +133,11 @@ class CohortSteps:
             rule: what is done with a gradient.
             batch_rate: as in `LocalTrainer`.
             device: where gradients are computed; draws are the processor's, the same whatever it is.
+            share: takes passes in other processes too; whoever made it ends it.
         """
         self._task, self._rule, self._batch_rate = task, rule, batch_rate
         self._device = torch.device(device)
-        self._passes = CohortPasses(task, model, device=device)
+        self._passes = CohortPasses(task, model, device=device, share=share)
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def __call__(self, walks: Sequence[Walk]) -> torch.Tensor:

@@ -6,22 +6,27 @@ import copy
 import ctypes
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tacit.federated.accelerator import Accelerator
+from tacit.federated.stacked_layers import Order
 from tacit.federated.stacked_model import StackedModel
 from tacit.federated.task import Records, Task
 
-__all__ = ["CohortPasses", "CohortRecords"]
+__all__ = ["Batch", "CohortPasses", "CohortRecords", "Pass", "Prepare", "Shares", "is_short_of_memory"]
 
 _LOG = logging.getLogger("tacit")
 # What one pass through the model should hold: about what a processor's cache does, or what keeps a GPU at work.
 _PASS_BYTES, _PASS_BYTES_OF_GPU = 2**25, 2**29
+# With convolutions, so that there are a few passes to share; smaller ones cost 4 % on one core.
+_PASS_BYTES_OF_CONVOLUTIONS = 2**24
 # Of the C library's `mallopt`: when freed memory goes back to the system, and what is taken from it piece by piece.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _LARGEST_KEPT_BYTES = 2**28, 2**25
@@ -55,6 +60,47 @@ class Batch:
         for start in range(0, self.there.shape[1], width):
             part = slice(start, start + width)
             yield Batch(inputs=self.inputs[:, part], targets=self.targets[:, part], there=self.there[:, part])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """All that a pass through the model depends on, wherever it is taken.
+
+    Attributes:
+        rows: the owners' models, (owners, parameters).
+        batch: theirs.
+        max_grad_norm: C; None for the plain mean.
+        width: how many records of each owner go through at a time.
+    """
+
+    rows: Tensor
+    batch: Batch
+    max_grad_norm: float | None
+    width: int
+
+    def sums(self, stacked: StackedModel) -> Tensor:
+        """Each owner's sum of clipped gradients, or its mean gradient, (owners, parameters)."""
+        records = self.batch.there.sum(1, keepdim=True).clamp(min=1)
+        total = None
+        for piece in self.batch.pieces(self.width):
+            if self.max_grad_norm is None:
+                found = stacked.weighted_sum(self.rows, piece.inputs, piece.targets, piece.there / records)
+            else:
+                found = stacked.clipped_sum(self.rows, piece.inputs, piece.targets, piece.there, self.max_grad_norm)
+            total = found if total is None else total.add_(found)
+        return torch.zeros_like(self.rows) if total is None else total
+
+
+# Makes a pass, and says which rows of the whole its sums are.
+Prepare = Callable[[], tuple[Tensor, Pass]]
+
+
+class Shares(Protocol):
+    """Has passes taken in more processes than this one."""
+
+    def __call__(self, stacked: StackedModel, passes: Sequence[Prepare], total: Tensor) -> None:
+        """Writes each pass's sums to their rows of the total; passes come longest first."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,30 +147,38 @@ class CohortRecords:
         inputs[~there] = 0.0
         if targets.dtype.kind == "f":
             targets[~there] = 0.0
-        return Batch(inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets), there=torch.from_numpy(there))
+        # Copied to memory of torch's, which begins at the same offset everywhere: products may round by it.
+        ours = [torch.from_numpy(array).clone() for array in (inputs, targets, there)]
+        return Batch(inputs=ours[0], targets=ours[1], there=ours[2])
 
 
 class CohortPasses:
     """Takes batches of many owners through one model, each owner with weights of its own.
 
-    On one thread: two were a third slower, because what a pass does between its products needs Python's lock.
+    One thread a process: two were a third slower, because what a pass does between its products needs Python's lock.
+    Other processes share the passes of convolutions, which cost much more than to send what they need.
 
-    *Guarantees*: who goes together depends on the sizes of batches alone. Where memory is short, fewer go together from
-    then on: the same batches again, and no new draws.
+    *Guarantees*: who goes together depends on the sizes of batches alone, not on who takes the passes. Where memory is
+    short, fewer go together from then on: the same batches again, and no new draws.
     """
 
-    def __init__(self, task: Task, model: torch.nn.Module, *, device: Accelerator) -> None:
+    def __init__(self, task: Task, model: torch.nn.Module, *, device: Accelerator, share: Shares | None = None) -> None:
         """Prepares a copy of a model.
 
         Args:
             task: gives the loss.
             model: without layers that `unstackable_layers` names.
             device: where.
+            share: takes passes in other processes too, where that is worth it; whoever made it ends it.
         """
-        record_bytes = StackedModel(model, task.loss).record_bytes(torch.zeros(1, *task.interface.shape))
+        alone, drawn = StackedModel(model, task.loss), torch.get_rng_state()
+        record_bytes = alone.record_bytes(torch.zeros(1, *task.interface.shape))
+        # A model that draws (dropout) goes on drawing in this process: in others it would draw the same again.
+        draws = not torch.equal(drawn, torch.get_rng_state())
+        self._share = share if device == "cpu" and Order.mixes(model) and not draws else None
         self._device = torch.device(device)
         self._stacked = StackedModel(copy.deepcopy(model).to(self._device), task.loss)
-        self._at_once = max(1, (_PASS_BYTES if device == "cpu" else _PASS_BYTES_OF_GPU) // max(1, record_bytes))
+        self._at_once = max(1, _pass_bytes(model, device) // max(1, record_bytes))
         self._warned = False
         if device == "cpu":
             _keep_freed_memory()
@@ -145,7 +199,7 @@ class CohortPasses:
             try:
                 return self._sums(rows, records, coins, max_grad_norm)
             except (RuntimeError, MemoryError) as error:
-                if not _is_short_of_memory(error):
+                if not is_short_of_memory(error):
                     raise
             self._take_fewer(max(len(chosen) for chosen in coins) * len(coins))
 
@@ -163,25 +217,33 @@ class CohortPasses:
 
     def _sums(self, rows: Tensor, records: CohortRecords, coins: Coins, max_grad_norm: float | None) -> Tensor:
         passes = list(_passes([len(chosen) for chosen in coins], self._at_once))
-        total = torch.empty_like(rows)
-        for some, width in passes:
+
+        def prepared(some: npt.NDArray[np.int64], width: int) -> tuple[Tensor, Pass]:
             batch = records.batch(some, [coins[n] for n in some], width).on(self._device)
-            if len(passes) == 1:
-                return self._sum(rows, batch, max_grad_norm)
-            places = torch.from_numpy(some).to(self._device)
-            total[places] = self._sum(rows[places], batch, max_grad_norm)
+            where = torch.from_numpy(some).to(self._device)
+            own, at_a_time = rows if len(passes) == 1 else rows[where], max(1, self._at_once // len(some))
+            return where, Pass(rows=own, batch=batch, max_grad_norm=max_grad_norm, width=at_a_time)
+
+        if len(passes) == 1:
+            return prepared(*passes[0])[1].sums(self._stacked)
+        total = torch.empty_like(rows)
+        share = self._share if torch.get_num_threads() == 1 else None
+        (share or _alone)(self._stacked, [partial(prepared, some, width) for some, width in passes], total)
         return total
 
-    def _sum(self, rows: Tensor, batch: Batch, max_grad_norm: float | None) -> Tensor:
-        records = batch.there.sum(1, keepdim=True).clamp(min=1)
-        total = None
-        for piece in batch.pieces(max(1, self._at_once // len(rows))):
-            if max_grad_norm is None:
-                found = self._stacked.weighted_sum(rows, piece.inputs, piece.targets, piece.there / records)
-            else:
-                found = self._stacked.clipped_sum(rows, piece.inputs, piece.targets, piece.there, max_grad_norm)
-            total = found if total is None else total.add_(found)
-        return torch.zeros_like(rows) if total is None else total
+
+def _alone(stacked: StackedModel, passes: Sequence[Prepare], total: Tensor) -> None:
+    """As `Shares`, in this process alone."""
+    for prepare in passes:
+        where, one = prepare()
+        total[where] = one.sums(stacked)
+
+
+def _pass_bytes(model: torch.nn.Module, device: Accelerator) -> int:
+    """From the model and device alone: what is in a pass shows in how its sums are rounded."""
+    if device != "cpu":
+        return _PASS_BYTES_OF_GPU
+    return _PASS_BYTES_OF_CONVOLUTIONS if Order.mixes(model) else _PASS_BYTES
 
 
 def _passes(lengths: Sequence[int], at_once: int) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
@@ -227,5 +289,6 @@ def _keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
 
 
-def _is_short_of_memory(error: Exception) -> bool:
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether something failed for want of memory, however torch says it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in _NO_MEMORY)

@@ -178,7 +178,7 @@ def _is_bare(owner: Owner) -> bool:
 
 
 class AtOnce:
-    """All owners' steps in this process, in one pass through the model."""
+    """All owners' steps together, in a few passes through the model; a pass that fails fails all of them."""
 
     def __init__(self, steps: CohortSteps) -> None:
         """Of one model."""

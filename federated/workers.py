@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from tacit.federated.cohort import Taken, unfolded
 from tacit.federated.owner import Owner
 from tacit.federated.personal import Asked
 
-__all__ = ["Apart", "Errand", "WorkerDied", "Workers", "cores"]
+__all__ = ["Apart", "Errand", "WorkerDied", "Workers", "cores", "ended", "forked", "how_it_ended"]
 
 _AHEAD = 2  # errands that a worker has at a time: it begins the next while the parent reads the last
 _Floats = npt.NDArray[np.floating]
@@ -160,13 +161,7 @@ class Workers:
     def close(self) -> None:
         """Ends them."""
         for worker in self._workers:
-            with contextlib.suppress(OSError):
-                worker.pipe.send(None)
-            worker.pipe.close()
-            worker.process.join(1.0)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            ended(worker.process, worker.pipe)
         self._workers = []
 
     def _carried_out(self, errands: Sequence[Errand], rows: _Floats) -> dict[int, Exception]:
@@ -212,26 +207,57 @@ class Workers:
             call.failed[number] = died
 
     def _died(self, worker: _Worker, errand: Errand, *, again: bool) -> WorkerDied:
-        code = worker.process.exitcode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        how = how_it_ended(worker.process)
         fate = "are taken again" if again else "are lost, and are not taken again"
         self._tell(f"round {errand.server_round}: a worker was killed ({how}); the steps of one owner {fate}")
         return WorkerDied(f"expected a worker to stay, got {how}; see the system's log for memory")
 
     def _start(self, shared: _Shared) -> _Worker:
-        context = multiprocessing.get_context("fork")
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, here, self._owners, shared), daemon=True)
-        process.start()
-        there.close()
-        return _Worker(process, here, shared)
+        return _Worker(*forked(partial(_taken, self._owners, shared)), shared)
 
 
-def _work(pipe: Connection, parents: Connection, owners: dict[int, Owner], shared: _Shared) -> None:
-    """A worker's life: it ends with its parent's end of the pipe, and leaves interrupts to the parent."""
+def forked(answer: Callable[[Any], object]) -> tuple[BaseProcess, Connection]:
+    """A process that answers what it is sent, one by one, and the pipe to it; it ends with this end of the pipe.
+
+    It has this process's memory as it is now, and none of its files; interrupts are left to this one.
+
+    >>> process, pipe = forked(lambda asked: asked + 1)
+    >>> pipe.send(2)
+    >>> pipe.recv()
+    3
+    >>> ended(process, pipe)
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, here, answer), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
+def ended(process: BaseProcess, pipe: Connection) -> None:
+    """Ends a forked process, one that is at work after a second."""
+    with contextlib.suppress(OSError):
+        pipe.send(None)
+    pipe.close()
+    process.join(1.0)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def how_it_ended(process: BaseProcess) -> str:
+    """In words, once it has been joined."""
+    code = process.exitcode
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _work(pipe: Connection, parents: Connection, answer: Callable[[Any], object]) -> None:
+    """A forked process's life."""
     parents.close()
     _let_go(pipe.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the parent does about it is the parent's
     while True:
         try:
             asked = pipe.recv()
@@ -239,9 +265,8 @@ def _work(pipe: Connection, parents: Connection, owners: dict[int, Owner], share
             return
         if asked is None:
             return
-        place, errand = asked
-        with contextlib.suppress(OSError):  # the parent is gone, which shows when the next errand is read
-            pipe.send(_taken(owners[errand.owner], shared, place, errand))
+        with contextlib.suppress(OSError):  # the parent is gone, which shows when the next is read
+            pipe.send(answer(asked))
 
 
 def _let_go(kept: int) -> None:
@@ -252,9 +277,11 @@ def _let_go(kept: int) -> None:
                 os.close(int(name))
 
 
-def _taken(owner: Owner, shared: _Shared, place: int, errand: Errand) -> Exception | None:
+def _taken(owners: Mapping[int, Owner], shared: _Shared, asked: tuple[int, Errand]) -> Exception | None:
     """Takes the steps and writes where they end; what went wrong instead."""
+    place, errand = asked
     try:
+        owner = owners[errand.owner]
         randomness = owner.randomness(errand.server_round)
         arrays = unfolded(shared.shapes, shared.rows[0])
         after = owner.trainer.update(arrays, owner.records(), randomness, correction=errand.correction)

@@ -91,7 +91,7 @@ def test_each_owners_clipped_sum_is_that_of_opacus_gradients(family):
 @pytest.mark.parametrize("pass_bytes", [1, 2**20, 2**30])
 def test_how_many_go_together_does_not_matter(bound, pass_bytes, monkeypatch):
     whole = sums(bound=bound)
-    monkeypatch.setattr(cohort_passes, "_PASS_BYTES", pass_bytes)
+    monkeypatch.setattr(cohort_passes, "_PASS_BYTES_OF_CONVOLUTIONS", pass_bytes)
     torch.testing.assert_close(sums(bound=bound), whole, atol=1e-6, rtol=1e-4)
 
 
