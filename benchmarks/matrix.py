@@ -3,8 +3,9 @@
 Usage: python benchmarks/matrix.py [--quick] [--family NAME ...] [--target NAME ...] [--json FILE].
 
 Each family is small and its weights are shaken, so that no normalisation hides a mistake. "yes" means that it passed
-the threshold of its label on 24 inputs; what does not is refused by name ("no") or departs ("WRONG", which must not
-be). --quick tries float32 and static int8 only. Each family and target runs in a process of its own.
+the threshold of its label on 24 inputs. What does not is refused by name when it is made ("no"), or when it has been
+compared ("departs"; a run keeps no such file). "WRONG" is what ends without a reason, which must not be. --quick tries
+float32 and static int8 only. Each family and target runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from tacit.compression.departure import Departure
 from tacit.compression.export import export
 from tacit.compression.forms import FORMS, FormRefused
+from tacit.compression.parity import Parity
 from tacit.compression.targets import TARGETS
 from tacit.devices.sandbox import ArtifactRefused
 from tacit.federated.models import FAMILIES, build_family
@@ -109,13 +111,19 @@ def _try(family: str, target: str, form: str) -> dict[str, Any]:
             return {"answer": "no", "why": str(error)[:REASON]}
         passed = parity.passes(artifact.label)
         return {
-            "answer": "yes" if passed else "WRONG",
-            "why": "" if passed else f"{parity}",
+            "answer": "yes" if passed else "departs",
+            "why": "" if passed else _how_far(parity),
             "bytes": path.stat().st_size,
             "max_abs": parity.max_abs,
             "top1_agreement": parity.top1_agreement,
             "seconds": round(time.perf_counter() - started_s, 1),
         }
+
+
+def _how_far(parity: Parity) -> str:
+    if parity.spread is None:
+        return f"the same class in {parity.top1_agreement:.1%} of {parity.n}"
+    return f"off by {parity.max_abs / parity.spread:.2f} of the spread of its answers"
 
 
 def _shaken(family: str, shape: tuple[int, ...], settings: dict[str, Any]) -> torch.nn.Module:
