@@ -9,21 +9,32 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test soak peers web clean
+.PHONY: demo test soak programs peers web clean
 
 demo: .venv/.demo
 	@test ! -e "$(OUT)" -o -e "$(OUT)/run.json" || { echo "error: $(OUT) is not a run folder; name another OUT" >&2; exit 2; }
 	@rm -rf "$(OUT)"
 	@$(BIN)/tacit run --out "$(OUT)"
 
-test: .venv/.test
+test: .venv/.test programs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 4 --dist loadfile -m "not soak"
 
-soak: .venv/.soak
+soak: .venv/.soak programs
 	@$(BIN)/pytest -q -m soak
+
+# What tests drive that is no Python package, as program:Debian-package. Root of a container gets them installed;
+# on a machine with services, where a package would start one, they are only named.
+PROGRAMS := sshd:openssh-server adb:adb
+soak: PROGRAMS += chromium:chromium chromedriver:chromium-driver
+
+programs:
+	@missing=; for pair in $(PROGRAMS); do PATH="$$PATH:/usr/sbin" command -v "$${pair%%:*}" >/dev/null || missing+=" $${pair##*:}"; done; \
+	test -z "$$missing" || { test "$$(id -u)" = 0 && test ! -d /run/systemd/system && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } \
+	|| { echo "error: tests need$$missing; install it (Debian: apt-get install$$missing)" >&2; exit 7; }
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: python3.11 not found; install it (Debian: apt-get install python3.11 python3.11-venv)" >&2; exit 7; }

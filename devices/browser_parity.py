@@ -25,6 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from tacit.devices.answers import printable
+from tacit.devices.browser_server import HEADERS, KINDS
 from tacit.devices.formats import examine
 from tacit.devices.sandbox import ArtifactRefused, ArtifactTimeout
 
@@ -35,25 +37,7 @@ _WEB = Path(__file__).with_name("web")
 _VERSIONS = _WEB / "vendor" / "versions.json"
 _NAMES = {"onnxruntime": "onnxruntime-web", "litert": "LiteRT.js"}
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_KINDS = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript",
-    ".mjs": "text/javascript",
-    ".wasm": "application/wasm",
-}
-_TYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4"), "int64": np.dtype("<i8")}
-_HEADERS = {
-    # Both together give the page a fine clock and threads.
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Embedder-Policy": "require-corp",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    # Both runtimes compile WebAssembly, and Emscripten's loader makes scripts of blobs.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self' blob: 'wasm-unsafe-eval'; connect-src 'self'; "
-    "worker-src 'self' blob:",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
+TYPES: Mapping[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4"), "int64": np.dtype("<i8")}
 _MOST_BYTES, _HEAD_BYTES, _SAID = 64 << 20, 4096, 300
 _LIMIT_S = 120.0
 
@@ -117,7 +101,7 @@ class BrowserRuntime:
                 )
         if job.error is not None:
             raise ArtifactRefused(
-                f"the model file could not be run in {self.name} {self.version}: {_printable(job.error)}"
+                f"the model file could not be run in {self.name} {self.version}: {printable(job.error)}"
             )
         return _read_answer(job.answer, count=len(inputs[0]), outputs=outputs)
 
@@ -135,10 +119,10 @@ def _job(kind: str, path: Path, inputs: Sequence[Values], layouts: Sequence[str]
     each = list(layouts) * len(inputs) if len(layouts) == 1 else list(layouts)
     files, described = {"model": ("application/octet-stream", path.read_bytes())}, []
     for place, (values, layout) in enumerate(zip(inputs, each, strict=True)):
-        if values.dtype.name not in _TYPES or values.ndim < 1 or len(values) != len(inputs[0]) or not values.size:
-            raise ValueError(f"expected inputs (n, *shape) of {', '.join(_TYPES)}, got {values.dtype} {values.shape}")
+        if values.dtype.name not in TYPES or values.ndim < 1 or len(values) != len(inputs[0]) or not values.size:
+            raise ValueError(f"expected inputs (n, *shape) of {', '.join(TYPES)}, got {values.dtype} {values.shape}")
         laid = np.moveaxis(values, 1, -1) if layout == "channel_last" and values.ndim > 2 else values
-        content = np.ascontiguousarray(laid, dtype=_TYPES[values.dtype.name]).tobytes()
+        content = np.ascontiguousarray(laid, dtype=TYPES[values.dtype.name]).tobytes()
         files[f"input/{place}"] = ("application/octet-stream", content)
         described.append({"type": values.dtype.name, "shape": list(laid.shape[1:])})
     job = json.dumps({"kind": kind, "n": len(inputs[0]), "inputs": described})
@@ -171,8 +155,8 @@ class _Exchange(BaseHTTPRequestHandler):
         found = self.served.files.get(name) if name is not None else None
         if name is not None and found is None:
             path = (_WEB / name).resolve()
-            if path.is_file() and path.is_relative_to(_WEB.resolve()) and path.suffix in _KINDS:
-                found = (_KINDS[path.suffix], path.read_bytes())
+            if path.is_file() and path.is_relative_to(_WEB.resolve()) and path.suffix in KINDS:
+                found = (KINDS[path.suffix], path.read_bytes())
         self._answer(*found) if found else self.send_error(404)
 
     def do_POST(self) -> None:
@@ -200,7 +184,7 @@ class _Exchange(BaseHTTPRequestHandler):
 
     def _answer(self, kind: str, content: bytes) -> None:
         self.send_response(200)
-        for name, value in {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
@@ -243,10 +227,10 @@ def _read_answer(content: bytes, *, count: int, outputs: int) -> list[Values]:
     """Outputs from what the page sent: its first line must agree with the rest before anything is allocated."""
     head, newline, _ = content[:_HEAD_BYTES].partition(b"\n")
     try:
-        described = [(_TYPES[one["type"]], tuple(one["shape"])) for one in json.loads(head)] if newline else []
+        described = [(TYPES[one["type"]], tuple(one["shape"])) for one in json.loads(head)] if newline else []
     except (ValueError, KeyError, TypeError, RecursionError):
         described = []
-    sizes = [kind.itemsize * math.prod(shape) * count for kind, shape in described if _is_shape(shape)]
+    sizes = [kind.itemsize * math.prod(shape) * count for kind, shape in described if is_shape(shape)]
     if len(described) != outputs or len(sizes) != outputs or sum(sizes) != len(content) - len(head) - 1:
         raise ArtifactRefused(
             f"expected {outputs} outputs (1, ...) of {count} examples, got something else of the page"
@@ -258,10 +242,7 @@ def _read_answer(content: bytes, *, count: int, outputs: int) -> list[Values]:
     return taken
 
 
-def _is_shape(shape: tuple[Any, ...]) -> bool:
+def is_shape(shape: tuple[Any, ...]) -> bool:
+    """Tell whether that is a shape of one example, with the batch of one."""
     whole = all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < _MOST_BYTES for side in shape)
     return whole and 1 <= len(shape) <= 8 and shape[0] == 1
-
-
-def _printable(text: str) -> str:
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:_SAID]

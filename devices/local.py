@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from tacit.devices import agent
+from tacit.devices.answers import read_answer
 from tacit.devices.sandbox import ArtifactRefused, Completed, Limits, run_limited
 
 _REMOTE_NAME = re.compile(r"[a-z0-9]{1,64}(\.[a-z0-9]{1,16})?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 class LocalDevice:
@@ -87,12 +87,12 @@ class LocalDevice:
             ArtifactRefused: The model file could not be run, crashed its runtime or took too long.
             ModuleNotFoundError: The runtime is not installed.
         """
-        return _answer(self._ask(request))
+        return self._read(self._ask(request))
 
     def facts(self) -> dict[str, Any]:
         """Describe this computer, and whether its sandbox has a network ("none" or "host")."""
         completed = self._ask({"op": "facts"})
-        return {**_answer(completed), "sandbox_network": completed.network}
+        return {**self._read(completed), "sandbox_network": completed.network}
 
     def _ask(self, request: dict[str, Any]) -> Completed:
         limit_s = float(request.get("limit_s", self._limits.wall_s))
@@ -107,29 +107,10 @@ class LocalDevice:
             cwd=self._folder,
         )
 
+    def _read(self, completed: Completed) -> dict[str, Any]:
+        return read_answer(completed.stdout, completed.stderr, returncode=completed.returncode)
+
     def _local(self, remote: str) -> Path:
         if not _REMOTE_NAME.fullmatch(remote):
             raise ValueError(f"expected a name that put() returned, got remote={remote!r}; put the file first")
         return self._folder / remote
-
-
-def _answer(completed: Completed) -> dict[str, Any]:
-    """Read the last line of the agent's output."""
-    lines = completed.stdout.decode("utf-8", errors="replace").strip().splitlines()
-    try:
-        answer = json.loads(lines[-1]) if lines else None
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        said = _printable(completed.stderr.decode("utf-8", errors="replace")[-300:])
-        raise ArtifactRefused(f"the runtime ended without an answer (exit status {completed.returncode}): {said}")
-    if completed.returncode == 0:
-        return answer
-    message = _printable(str(answer.get("error"))[:300])
-    if answer.get("kind") == "ModuleNotFoundError":
-        raise ModuleNotFoundError(f"expected the runtime to be installed, got: {message}; pip install 'tacit[devices]'")
-    raise ArtifactRefused(f"the model file could not be run: {message}")
-
-
-def _printable(text: str) -> str:
-    return _CONTROL.sub(" ", text).strip()

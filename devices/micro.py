@@ -4,16 +4,23 @@ In the sandboxed child this file stands alone: the standard library, numpy and t
 The wheel holds the kernels that microcontrollers run, so what it refuses they refuse.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from tacit.devices.device import Artifact
+    from tacit.devices.parity_only import ParityOnly
+
+NOT_TIMED = "not measured: a host's time says nothing of a microcontroller"
 Ports = List[Tuple[Any, float, int]]
 
 _SMALLEST_ARENA, _LARGEST_ARENA, _ALIGNMENT = 1 << 20, 1 << 30, 16
@@ -160,6 +167,7 @@ def needs(path: str) -> Dict[str, Any]:
         raise ValueError("expected the allocations of the arena, got none; install the pinned tflite-micro")
     return {
         "arena_bytes": _least_arena(content, -(-int(total[1]) // _ALIGNMENT) * _ALIGNMENT),
+        "head_bytes": int(total[1]) - int(tail[1]),
         "persistent_bytes": int(tail[1]),
         "bytes": len(content),
         "operators": _kinds(content),
@@ -192,26 +200,28 @@ def _reason(said: str) -> str:
 
 
 def micro_needs(path: Union[Path, str]) -> Dict[str, Any]:
-    """What a model takes on a microcontroller, found out in the sandbox.
+    """What a model takes on a microcontroller, found out in the sandbox after its structure has been examined.
 
     Args:
         path: A TFLite file.
 
     Returns:
-        ``arena_bytes`` is the least arena, a multiple of 16, with which the model loads on this computer;
-        ``persistent_bytes`` the part of it that holds structures, which 64-bit pointers make larger here than on a
-        microcontroller; ``bytes`` of the file; ``operators``, each once.
+        ``arena_bytes`` is the least arena, a multiple of 16, with which the model loads on this computer. Of it,
+        ``head_bytes`` hold activations, the same on every processor, and ``persistent_bytes`` structures, which 64-bit
+        pointers make larger here than on a microcontroller, at most twice as large. ``bytes`` of the file;
+        ``operators``, each once.
 
     Raises:
-        ArtifactRefused: TensorFlow Lite Micro does not run the file; says why.
+        ArtifactRefused: The file's structure is not acceptable, or TensorFlow Lite Micro does not run it; says why.
         FileNotFoundError: There is no such file.
         ModuleNotFoundError: The wheel is not installed.
     """
+    from tacit.devices.formats import examine
     from tacit.devices.runtime import installed_version
     from tacit.devices.sandbox import ArtifactRefused, Limits, run_limited
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a model file, got path={str(path)!r}; check the path")
+    if examine(Path(path)) != "litert":
+        raise ArtifactRefused(f"expected a .tflite file, got path={Path(path).name!r}; export the target micro")
     installed_version("micro")
     # -P keeps this folder off the child's sys.path, where statistics.py would shadow the standard library's.
     command = [sys.executable, "-P", str(Path(__file__).resolve()), str(Path(path).resolve())]
@@ -224,11 +234,50 @@ def micro_needs(path: Union[Path, str]) -> Dict[str, Any]:
     return _checked(answer)
 
 
+def micro_device() -> ParityOnly:
+    """The device "micro": the kernels of TensorFlow Lite Micro on this computer, for parity and never for a latency.
+
+    Raises:
+        ModuleNotFoundError: The wheel is not installed.
+    """
+    from tacit.devices.local import LocalDevice
+    from tacit.devices.parity_only import ParityOnly
+    from tacit.devices.runtime import installed_version
+
+    facts = {"micro": installed_version("micro"), "cpu": "TensorFlow Lite Micro's kernels on this computer"}
+    return ParityOnly(LocalDevice("micro"), why=NOT_TIMED, runtimes=("micro",), facts=facts)
+
+
+def measure_micro(artifacts: Sequence[Artifact], inputs: Sequence[np.ndarray], *, outputs: int = 1) -> Dict[str, Any]:
+    """What can be known of a microcontroller without one: the same answers or not, operators, the exact arena.
+
+    Args:
+        artifacts: TFLite files, no two of one name.
+        inputs: All inputs of the models, each ``(n, *shape)``, channel first; the first 64 of each are used.
+        outputs: How many outputs the models have.
+
+    Returns:
+        As of ``parity_only.measure_parity``, and of each artifact what ``micro_needs`` says. There is no latency.
+
+    Raises:
+        ModuleNotFoundError: The wheel is not installed.
+        ValueError: Names repeat, or there are no inputs.
+    """
+    from tacit.devices.parity_only import measure_parity
+
+    with micro_device() as device:
+        result = measure_parity(device, artifacts, inputs, outputs=outputs)
+    for artifact in artifacts:
+        if artifact.name in result["artifacts"]:
+            result["artifacts"][artifact.name].update(micro_needs(artifact.path))
+    return result
+
+
 def _checked(answer: Dict[str, Any]) -> Dict[str, Any]:
     """A child that ran a stranger's file is not believed."""
     from tacit.devices.sandbox import ArtifactRefused
 
-    sizes = [answer.get(name) for name in ("arena_bytes", "persistent_bytes", "bytes")]
+    sizes = [answer.get(name) for name in ("arena_bytes", "head_bytes", "persistent_bytes", "bytes")]
     kinds = answer.get("operators")
     named = isinstance(kinds, list) and all(
         isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,64}", kind) for kind in kinds

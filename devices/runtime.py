@@ -128,7 +128,7 @@ class _SandboxedRuntime:
             }
             put = [_put(device, values, Path(scratch, f"{number}.npy")) for number, values in enumerate(inputs)]
             device.run({"op": "predict", "model": model, "inputs": put, "outputs": names})
-            return [_read_outputs(device.get(name), count=len(inputs[0])) for name in names]
+            return [read_outputs(device.get(name), count=len(inputs[0])) for name in names]
 
 
 def adapter_of(name: RuntimeName) -> str | None:
@@ -168,8 +168,12 @@ def _put(device: LocalDevice, values: Values, staged: Path) -> str:
     return device.put(staged)
 
 
-def _read_outputs(content: bytes, *, count: int) -> Values:
-    """Read a .npy file of unknown honesty: its header must agree with its size before anything is allocated."""
+def read_outputs(content: bytes, *, count: int) -> Values:
+    """Read a .npy file of unknown honesty: its header must agree with its size before anything is allocated.
+
+    Raises:
+        ArtifactRefused: It is no such file, or not of so many examples.
+    """
     stream = io.BytesIO(content)
     try:
         if np.lib.format.read_magic(stream) != (1, 0):

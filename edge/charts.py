@@ -69,10 +69,11 @@ def timings_of(summary: Mapping[str, Any]) -> list[Timing]:
     timings = []
     for variant in summary["variants"]:
         for device, found in (variant.get("latency") or {}).items():
-            p50_us = finite((found or {}).get("p50_us"))
+            p50_us = finite(found.get("p50_us")) if isinstance(found, Mapping) else None
             if p50_us is None:
                 continue
-            interval = found.get("ci") or {}
+            bounds = found.get("ci")
+            interval = bounds if isinstance(bounds, Mapping) else {}
             timings.append(
                 Timing(
                     variant=plain(variant.get("name")),

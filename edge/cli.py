@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from tacit.edge import cli_audit, cli_budget, cli_deploy, cli_setup, cli_stages
+from tacit.edge import cli_audit, cli_budget, cli_deploy, cli_measure, cli_setup, cli_stages
 from tacit.edge.cli_output import Outcome
 
 __all__ = ["app", "main"]
@@ -59,7 +59,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # it would leave in silence; we say how to go on
 )
 app.meta.group_parameters = Group("Global options", sort_key=99)
-for _commands in (cli_stages, cli_setup, cli_budget, cli_audit, cli_deploy):
+for _commands in (cli_stages, cli_measure, cli_setup, cli_budget, cli_audit, cli_deploy):
     _commands.register(app)
 
 
@@ -147,7 +147,7 @@ def _explain(error: Exception, output_format: Format) -> int:
             code, f"a bug of ours: {type(error).__name__}: {_first_line(error)}", f"report it with {log}", output_format
         )
     message = _first_line(error)
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name:
         message = (
             f"expected the package {error.name!r}, got none; install the extra that needs it: pip install 'tacit[all]'"
         )
@@ -183,8 +183,10 @@ def _describe_os_error(error: OSError) -> str:
         errno.EDQUOT: "free some of your quota, then run again with --resume",
     }
     place = f"{error.filename}: " if isinstance(error.filename, str) else ""
+    if error.errno is None:  # one of ours, which says what to do
+        return _first_line(error)
     reason = error.strerror or _first_line(error)
-    return f"{place}{reason[:1].lower()}{reason[1:]}; {hints.get(error.errno or 0, 'see tacit doctor')}"
+    return f"{place}{reason[:1].lower()}{reason[1:]}; {hints.get(error.errno, 'see tacit doctor')}"
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from tacit.edge.cli_output import Outcome
+from tacit.edge.cli_output import Outcome, microseconds, size, table
 from tacit.edge.metric_words import metric_name, metric_text
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = ["register", "summary_outcome"]
 
 def register(app: App) -> None:
     """Adds the commands."""
-    for command in (run, train, compress, measure, report):
+    for command in (run, train, compress, report):
         app.command(command)
 
 
@@ -92,32 +92,6 @@ def compress(folder: Path, /) -> Outcome:
     return Outcome(text="\n".join(lines), data={"failed": failed, "folder": str(folder)}, code=8 if failed else 0)
 
 
-def measure(folder: Path, /, *, device: str = "local") -> Outcome:
-    """Measure latency and memory of every artifact.
-
-    Args:
-        folder: The run directory, compressed.
-        device: Where: local is this machine.
-    """
-    from tacit.edge import pipeline
-
-    console = _console()
-    try:
-        result = pipeline.measure(folder, device=device, progress=console)
-    finally:
-        console.stop()
-    artifacts, failed = result["artifacts"], result["failed"]
-    rows = [["artifact", "p50", "p90", "memory"]]
-    if isinstance(artifacts, dict):
-        rows += [_latency_row(name, entry) for name, entry in artifacts.items()]
-    lines = _table(rows, words_from=len(rows[0]))
-    if result.get("input_source") == "synthetic":
-        lines.append("on synthetic inputs: no public ones were declared")
-    if isinstance(failed, dict):
-        lines += [f"{name}: not measured: {reason}" for name, reason in failed.items()]
-    return Outcome(text="\n".join(lines), data=result, code=8 if failed else 0)
-
-
 def report(folder: Path, /) -> Outcome:
     """Write summary.json and report.html from what a run directory holds.
 
@@ -180,38 +154,9 @@ def _variant_lines(variants: list[dict[str, object]], metric: object) -> list[st
         latency = variant.get("latency")
         local = latency.get("local", {}) if isinstance(latency, dict) else {}
         reached = metric_text(variant["accuracy"], metric)
-        numbers = [_size(variant["bytes"]), reached, _microseconds(local.get("p90_us"))]
+        numbers = [size(variant["bytes"]), reached, microseconds(local.get("p90_us"))]
         rows.append([str(variant["name"]), *numbers, str(variant["label"])])
-    return _table(rows, words_from=4)
-
-
-def _latency_row(name: str, entry: Mapping[str, object]) -> list[str]:
-    memory = entry.get("peak_memory_bytes")
-    shown = f"{memory / 1e6:.1f} MB" if isinstance(memory, int) else "-"
-    return [name, _microseconds(entry.get("p50_us")), _microseconds(entry.get("p90_us")), shown]
-
-
-def _table(rows: list[list[str]], *, words_from: int) -> list[str]:
-    """Aligns a name, numbers and, from a column on, words; a narrow terminal gets fewer columns, never broken lines."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    room = shutil.get_terminal_size((100, 24)).columns
-    fitting = [count for count in range(1, len(widths) + 1) if sum(widths[:count]) + 2 * (count - 1) <= room]
-    left = [column == 0 or column >= words_from for column in range(len(widths))]
-    return [
-        "  ".join(
-            text.ljust(width) if is_left else text.rjust(width)
-            for text, width, is_left in zip(row[: max(fitting, default=1)], widths, left, strict=False)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _size(size_bytes: object) -> str:
-    return f"{size_bytes / 1000:.1f} kB" if isinstance(size_bytes, int) else "-"
-
-
-def _microseconds(value_us: object) -> str:
-    return f"{value_us:.1f} µs" if isinstance(value_us, float) else "-"
+    return table(rows, words_from=4)
 
 
 def _console() -> Console:

@@ -6,16 +6,15 @@ summary = run("digits", "runs/digits")
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tacit.devices.answers import DeviceUnreachable
 from tacit.devices.durable import FileDamaged
 from tacit.devices.failpoint import reach
 from tacit.edge.progress import Progress, Silent
@@ -25,7 +24,8 @@ from tacit.edge.twin import Twin
 
 if TYPE_CHECKING:
     from tacit.compression.variant import VariantSpec
-    from tacit.devices.protocol import Artifact
+    from tacit.devices.protocol import Mode
+    from tacit.edge.fleet import Access
 
 __all__ = ["compress", "measure", "report", "run", "train"]
 
@@ -76,8 +76,7 @@ def run(
         finally:
             twin.stop()
         if len(failed) < len(folder.recipe.compression.variants):
-            for device in folder.recipe.devices.names:
-                _measure(folder, device, shown, again=False)
+            _measure(folder, folder.recipe.devices.names, shown)
         return _report(folder, shown)
 
 
@@ -101,11 +100,22 @@ def compress(out: str | Path, *, progress: Progress | None = None) -> dict[str, 
         return _compress(folder, progress or Silent(), again=True)
 
 
-def measure(out: str | Path, *, device: str = "local", progress: Progress | None = None) -> dict[str, object]:
-    """Measures the artifacts of a run directory on a device. Returns the content of measure/DEVICE.json."""
+def measure(
+    out: str | Path,
+    *,
+    devices: Sequence[str] = (),
+    again: bool = False,
+    mode: Mode | None = None,
+    access: Access | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measures the artifacts of a run directory on devices, by default the recipe's; as `measuring.measure_run`."""
+    from tacit.edge.measuring import measure_run
+
     with _opened(Path(out)) as folder:
         _need_training(folder)
-        return _measure(folder, device, progress or Silent(), again=True)
+        names = devices or folder.recipe.devices.names
+        return measure_run(folder, names, progress or Silent(), again=again, mode=mode, access=access)
 
 
 def report(out: str | Path, *, progress: Progress | None = None) -> dict[str, object]:
@@ -266,48 +276,14 @@ def _compress(folder: RunFolder, progress: Progress, *, again: bool) -> dict[str
         return failed
 
 
-def _measure(folder: RunFolder, device: str, progress: Progress, *, again: bool) -> dict[str, object]:
-    from tacit.devices.local import LocalDevice
-    from tacit.devices.protocol import measure as measure_artifacts
-    from tacit.edge.planning import task_of
-    from tacit.edge.sample_inputs import sample_inputs
-    from tacit.edge.variants import built_artifacts
+def _measure(folder: RunFolder, devices: Sequence[str], progress: Progress) -> None:
+    """A device that cannot be reached costs its own figures alone: the report says that they were not measured."""
+    from tacit.edge.measuring import measure_run
 
-    if device != "local":
-        raise RecipeInvalid(f"expected a device that can be reached, got {device!r}; known: local", "--device")
-    built = built_artifacts(folder)
-    if not built:
-        raise FolderMismatch(f"expected artifacts in {folder.path}, got none; `tacit compress {folder.path}` first")
-    # What TFLite Micro takes on this computer says nothing of a microcontroller: not measured, rather than misleading.
-    artifacts = [artifact for artifact in built if artifact.runtime != "micro"]
-    if not artifacts:
-        return {"device": device, "artifacts": {}, "failed": {}}
-    done = folder.read_json("measure", f"{device}.json")
-    if done is not None and not again and _covers(done, artifacts):
-        return done
-    with _timed(folder, "measure"):
-        # A step for each artifact alone, and one for each runtime that times its artifacts together.
-        progress.begin("measure", len(artifacts) + len({artifact.runtime for artifact in artifacts}))
-        task = task_of(folder.recipe)
-        inputs = sample_inputs(task, task.load())
-        mode = folder.recipe.devices.mode
-        said = itertools.count(1)
-        with LocalDevice() as local:
-            result = measure_artifacts(
-                local, artifacts, inputs.values[:64], mode=mode, progress=lambda text: progress.step(next(said), text)
-            )
-        result["input_source"] = inputs.source
-        reach("measure.before_write")
-        folder.write_json(result, "measure", f"{device}.json")
-        progress.end(f"{len(result['artifacts'])} of {len(artifacts)} artifacts on {device}")
-        return result
-
-
-def _covers(content: Mapping[str, object], artifacts: Sequence[Artifact]) -> bool:
-    """Whether a measurement is of exactly these bytes."""
-    known = content.get("artifacts")
-    digests = {name: entry["sha256"] for name, entry in known.items()} if isinstance(known, dict) else {}
-    return all(digests.get(a.name) == hashlib.sha256(a.path.read_bytes()).hexdigest() for a in artifacts)
+    try:
+        measure_run(folder, devices, progress)
+    except (DeviceUnreachable, ModuleNotFoundError) as error:
+        progress.note(f"not measured: {error}")
 
 
 def _report(folder: RunFolder, progress: Progress) -> dict[str, object]:

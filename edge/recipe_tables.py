@@ -21,6 +21,7 @@ Width = Annotated[int, Field(ge=1, le=4096)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=16)]
 PassTable = dict[str, str | int | float | bool]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+DeviceName = Annotated[str, Field(pattern=r"^(local|micro|browser|qemu:aarch64|adb(:\S+)?|ssh:\S+)$")]
 Importable = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Activation = Literal["relu", "relu6", "leaky-relu", "tanh", "sigmoid", "gelu"]
 Families = Literal[
@@ -187,7 +188,7 @@ class CompressionTable(_Table):
 class DevicesTable(_Table):
     """Where artifacts are measured."""
 
-    names: list[Literal["local"]] = ["local"]
+    names: Annotated[list[DeviceName], Field(max_length=32)] = ["local"]
     mode: Literal["quick", "full"] = "quick"
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tacit.edge.audit_charts import draw_audit_charts, membership_of
 from tacit.edge.charts import MARKERS, begins_at, devices_of, draw_charts, runtimes_of, spent_by_owner, timings_of
+from tacit.edge.device_charts import PARTS, draw_device_charts
 from tacit.edge.metric_words import (
     apart,
     metric_meaning,
@@ -21,6 +22,16 @@ from tacit.edge.metric_words import (
     of_spread,
     points,
 )
+from tacit.edge.report_devices import (
+    accuracy_there,
+    asked_devices,
+    badge_of,
+    describe_devices,
+    entries_on,
+    group_failures,
+    timed_cells,
+)
+from tacit.edge.report_fits import list_elsewhere, list_fits
 from tacit.edge.report_rounds import describe_traffic, is_at_most, list_aside, list_refusals
 from tacit.edge.wording import (
     UNMEASURED,
@@ -56,6 +67,8 @@ _LABELS = {
     "max_grad_norm": "clipping norm",
 }
 _MOST_LISTED_OWNERS = 200
+_MOST_DEVICES = 8
+_TABLES = ("privacy", "training", "devices", "measured", "versions", "wall_s", "audit")
 _MOST_LISTED_FACTS = 24
 # What a measurement's flags mean, by tacit.devices.protocol.Latency.
 _FLAGS: Final = {
@@ -65,6 +78,9 @@ _FLAGS: Final = {
     "each; the tail is flatter than a user would see",
     "few-samples": "too few runs to support a 90th percentile",
     "steal": "other virtual machines took more than 2\u00a0% of the processor's time",
+    "contended": "other programs had the processor for more than 2\u00a0% of the time that it was wanted",
+    "throttled": "the device slowed itself down: it says so, or its clock fell, or it became slower as it grew hotter",
+    "governor": "the clock may change while we measure: its governor is not \u201cperformance\u201d",
 }
 
 
@@ -93,7 +109,9 @@ def write_report(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def _printable(value: Any) -> Any:  # any JSON value, of the type it came in
-    """Return a JSON value whose strings, keys included, hold nothing that a page or an SVG cannot hold."""
+    """Return a JSON value whose strings, keys included, hold nothing that a page cannot hold; NaN is no value."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, Mapping):
@@ -106,7 +124,7 @@ def _checked(summary: Mapping[str, Any]) -> dict[str, Any]:
     version = summary.get("schema_version")
     if version != 1:
         raise ValueError(f"expected schema_version 1, got schema_version={version!r}; run the report's stage again")
-    parts: dict[str, Any] = {name: {} for name in ("privacy", "training", "devices", "versions", "wall_s", "audit")}
+    parts: dict[str, Any] = {name: {} for name in _TABLES}
     parts |= {"variants": [], "failed": []}
     for name, empty in parts.items():
         part = summary.get(name)
@@ -136,11 +154,14 @@ def _render(summary: dict[str, Any]) -> str:
     )
     audited = (audit_question, audit_finding, audit_claim, audit_verdict)
     measured = (apart, points, of_spread, metric_meaning, metric_name, metric_phrase, metric_title, metric_value)
-    for text_of in (percent, size, duration, epsilon, plain, moment, *measured, *audited):
+    there = (accuracy_there, badge_of)
+    for text_of in (percent, size, duration, epsilon, plain, moment, *measured, *there, *audited):
         environment.filters[text_of.__name__] = text_of
     privacy, timings, variants = summary["privacy"], timings_of(summary), summary["variants"]
     spent, owners = spent_by_owner(privacy), _count_owners(summary)
     charts = {**draw_charts(summary), **draw_audit_charts(summary)}
+    for number, device in enumerate(asked_devices(summary)[:_MOST_DEVICES]):
+        charts |= draw_device_charts(device, entries_on(summary, device), number=number)
     return environment.get_template("report.html.j2").render(
         s=summary,
         css=Markup(css),  # noqa: S704  our own file
@@ -164,6 +185,12 @@ def _render(summary: dict[str, Any]) -> str:
         fastest=min(timings, key=lambda t: t.p50_us, default=None),
         runtimes=[(MARKERS[i % 4][1], f"series-{i % 4}", name) for i, name in enumerate(runtimes_of(timings))],
         timed_devices=devices_of(timings),
+        timed_cells=timed_cells(summary),
+        devices=describe_devices(summary),
+        parts=PARTS,
+        elsewhere=list_elsewhere(summary),
+        fits=list_fits(summary),
+        failures=group_failures(summary),
         privacy_facts=_privacy_facts(privacy),
         spent=spent,
         spent_median=statistics.median(value for _, value in spent) if spent else None,
@@ -226,8 +253,9 @@ def _find_baselines(variants: Sequence[Mapping[str, Any]]) -> dict[object, objec
 
 def _explain_flags(variants: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the meaning of every flag that some measurement carries."""
-    found = [timing or {} for v in variants for timing in (v.get("latency") or {}).values()]
-    raised = {str(flag) for timing in found for flag in timing.get("flags") or []}
+    found = [timing for v in variants for timing in (v.get("latency") or {}).values() if isinstance(timing, Mapping)]
+    listed = [timing.get("flags") for timing in found]
+    raised = {str(flag) for flags in listed if isinstance(flags, list) for flag in flags}
     return {flag: meaning for flag, meaning in _FLAGS.items() if flag in raised}
 
 

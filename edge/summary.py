@@ -22,6 +22,8 @@ _PACKAGES = (
     "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "torch-pruning", "scikit-learn",
 )  # fmt: skip
 
+# What `tacit measure --compare` needs and no page shows: it would be most of the summary.
+_ONLY_ON_DISK = {"block_medians_us"}
 _VARIANT_KEYS = {"name", "format", "label", "bytes", "sha256", "pruned", "parity", "accuracy", "data_use"}
 
 
@@ -33,7 +35,8 @@ def summarise(folder: RunFolder) -> dict[str, object]:
     rounds = folder.read_rounds()
     twin = folder.read_rounds("twin")
     curve = _epsilon_curve(privacy, len(rounds), folder.recipe.federated.evaluate_every)
-    measured = {path.stem: _measurement(folder, path) for path in _files(folder.path / "measure")}
+    contents = [_measurement(folder, path) for path in _files(folder.path / "measure")]
+    measured = {str(content["device"]): content for content in contents}
     return {
         "schema_version": 1,
         "task": folder.recipe.task.name,
@@ -58,6 +61,7 @@ def summarise(folder: RunFolder) -> dict[str, object]:
         "failed": _failures(folder, measured),
         "audit": folder.read_json(folder.named("audit.json")),
         "devices": {name: content.get("facts", {}) for name, content in measured.items()},
+        "measured": {name: _about_device(content) for name, content in measured.items()},
         "versions": versions(),
         "wall_s": folder.wall_s(),
         "recipe": (folder.path / "recipe.toml").read_text(encoding="utf-8"),
@@ -89,20 +93,30 @@ def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
         if not set(variant) >= _VARIANT_KEYS:
             missing = ", ".join(sorted(_VARIANT_KEYS - set(variant)))
             raise FileDamaged(f"expected {missing} in variants/{entry.name}/variant.json; run tacit compress again")
-        latency = {}
+        latency: dict[str, object] = {}
+        answers: dict[str, object] = {}
         for device, content in measured.items():
             artifacts = content.get("artifacts")
             if isinstance(artifacts, dict) and entry.name in artifacts:
-                latency[device] = {**artifacts[entry.name], "input_source": content.get("input_source")}
-        listed.append({**variant, "latency": latency})
+                kept = answers if content.get("mode") == "parity" else latency
+                told = {key: value for key, value in artifacts[entry.name].items() if key not in _ONLY_ON_DISK}
+                kept[device] = {**told, "input_source": content.get("input_source")}
+        listed.append({**variant, "latency": latency, "answers_on": answers})
     return listed
 
 
 def _measurement(folder: RunFolder, path: Path) -> dict[str, object]:
     content = folder.read_json("measure", path.name) or {}
-    if not isinstance(content.get("artifacts"), dict) or not isinstance(content.get("failed"), dict):
+    tables = all(isinstance(content.get(key), dict) for key in ("artifacts", "failed"))
+    if not tables or not isinstance(content.get("device"), str):
         raise FileDamaged(f"expected artifacts and failed as tables in {path}; run tacit measure again")
     return content
+
+
+def _about_device(content: Mapping[str, object]) -> dict[str, object]:
+    """What a result says beside its figures; `latency` is why a device without a clock has none."""
+    told = ("mode", "latency", "complete", "lost", "failed", "changes", "fit")
+    return {key: content[key] for key in told if content.get(key) is not None}
 
 
 def _failures(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -> list[dict[str, str]]:

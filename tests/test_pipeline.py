@@ -265,10 +265,10 @@ def test_each_stage_runs_alone_on_a_folder_that_init_made(tmp_path):
     with pytest.raises(FolderMismatch, match="tacit compress"):
         pipeline.measure(run)
     assert tacit("compress", run).returncode == 0
-    with pytest.raises(RecipeInvalid, match="known: local"):
-        pipeline.measure(run, device="phone")
+    with pytest.raises(RecipeInvalid, match="expected a device"):
+        pipeline.measure(run, devices=["phone"])
     measured = tacit("measure", run, "--format", "json")
-    assert list(json.loads(measured.stdout)["data"]["artifacts"]) == ["onnx-float32"]
+    assert list(json.loads(measured.stdout)["data"]["devices"]["local"]["artifacts"]) == ["onnx-float32"]
     reported = tacit("report", run, env={**os.environ, "COLUMNS": "40"})
     assert reported.returncode == 0
     table = [line for line in reported.stdout.splitlines() if line.startswith(("variant", "onnx-"))]

@@ -15,9 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from tacit.devices.answers import DeviceUnreachable
+from tacit.devices.asking import Sustained
+from tacit.devices.entries import energy_entry, sustained_entry
+from tacit.devices.judgement import has_slowed
 from tacit.devices.local import LocalDevice
-from tacit.devices.protocol import Artifact, judge, measure, plan
+from tacit.devices.protocol import Artifact, Evaluation, Extras, judge, measure, plan
+from tacit.devices.runtime import open_artifact
 from tacit.devices.sandbox import ArtifactCrashed, ArtifactRefused
+from tacit.devices.side_answers import Bucket, believe_buckets, believe_cold, believe_operators
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 from hostile_files import CRASHING_TFLITE
@@ -94,6 +100,19 @@ def test_flags_say_what_is_wrong_and_nothing_else():
     assert judge(steady[:20]).flags == ("few-samples",)
     assert judge(steady, runs_per_sample=4).flags == ("averaged",)
     assert judge(steady, steal_share=0.1).flags == ("steal",)
+    assert judge(steady, waiting_share=0.1).flags == ("contended",)
+    fast, slow = {"cur_freq_khz": 1_800_000}, {"cur_freq_khz": 1_000_000}
+    assert judge(steady, before=fast, after=slow).flags == ("throttled",)
+    assert judge(steady, after={"governor": "powersave"}).flags == ("governor",)
+    assert judge(steady, after={"governor": "performance"}).flags == ()
+
+
+def test_p999_is_given_from_6636_samples_on():
+    assert judge(np.arange(1, 6636)).p999_us is None
+    latency = judge(np.random.default_rng(0).permutation(np.arange(1, 6637)))
+    assert latency.p999_us == 6.63
+    assert latency.ci["p999_us"] is None or latency.ci["p999_us"][0] <= 6.63 <= latency.ci["p999_us"][1]
+    assert latency.ci["p99_us"][0] <= latency.p99_us <= latency.ci["p99_us"][1]
 
 
 @pytest.mark.parametrize("samples", [[], [0], [5, -1], [[1]]])
@@ -135,12 +154,155 @@ def test_a_quick_measurement_supports_its_percentiles(measured):
     for entry in measured[0]["artifacts"].values():
         assert entry["n"] >= 64
         assert 0 < entry["min_us"] <= entry["p50_us"] <= entry["p90_us"]
-        assert entry["ci"]["p50_us"][0] <= entry["p50_us"] <= entry["ci"]["p50_us"][1]
+        interval = entry["ci"]["p50_us"]
+        assert interval is None or interval[0] <= entry["p50_us"] <= interval[1]  # None on a machine that is too busy
         assert entry["load_us"] > 0
         assert entry["peak_memory_bytes"] > 0
         assert len(entry["samples_us"]) <= 256
         assert entry["samples_us"] == sorted(entry["samples_us"])
         assert entry["samples_us"][0] == entry["min_us"]
+
+
+def test_a_quick_measurement_tells_of_cold_starts_warm_up_and_processes(measured):
+    for entry in measured[0]["artifacts"].values():
+        cold = entry["cold"]
+        assert (cold["n"], cold["page_cache"], cold["confidence"]) == (5, "warm", 0.9375)
+        for part in ("import_us", "load_us", "first_us", "total_us"):
+            assert 0 < cold[part]["low"] <= cold[part]["estimate"] <= cold[part]["high"]
+        assert entry["load_us"] == cold["load_us"]["estimate"]
+        assert entry["processes"] == len(entry["warmup"]) == 3
+        assert all(warmup["runs"] >= 10 and 0.2 <= warmup["s"] < 5 for warmup in entry["warmup"])
+        assert 20 <= len(entry["block_medians_us"]) <= 512
+        assert 0 <= entry["undisturbed"]["n"] <= entry["n"]
+        assert entry["key"] == f"{entry['sha256']}-{entry['runtime']}-quick-1"
+        asked_for = ("sustained", "energy", "profile", "accuracy")
+        assert [entry[part] for part in asked_for] == [None] * 4
+        assert entry["not_measured"] == {}
+
+
+def test_what_is_known_is_not_measured_again_and_the_rest_is_compared_with_it(measured, tmp_path):
+    entries = measured[0]["artifacts"]
+    known = {entries[name]["key"]: entries[name] for name in ("wide", "lite")}
+    artifacts = [
+        Artifact(name="wide", path=write(tmp_path / "wide.onnx", onnx_bytes(20_000))),
+        Artifact(name="narrow", path=write(tmp_path / "narrow.onnx", onnx_bytes(4))),
+        Artifact(name="lite", path=write(tmp_path / "lite.tflite", TFLITE), input_layout="channel_last"),
+    ]
+    kept: dict[str, Any] = {}
+    device = ScriptedDevice(lanes)
+    result = measure(device, artifacts, INPUTS, known=known, keep=kept.__setitem__)
+    assert {name: entry is entries.get(name) for name, entry in result["artifacts"].items()} == {
+        "wide": True, "narrow": False, "lite": True,
+    }  # fmt: skip
+    assert list(kept) == ["narrow"]
+    assert kept["narrow"]["relative"]["to"] == "wide"
+    assert [request["op"] for request in device.asked] == ["memory", "cold", "time", "time", "time"]
+    assert measure(device, artifacts, INPUTS, known={**known, kept["narrow"]["key"]: kept["narrow"]})["failed"] == {}
+    assert len(device.asked) == 5  # nothing more was asked
+
+
+def test_another_mode_or_number_of_threads_is_another_result(measured, tmp_path):
+    entry = measured[0]["artifacts"]["wide"]
+    artifact = Artifact(name="wide", path=write(tmp_path / "wide.onnx", onnx_bytes(20_000)), threads=2)
+    device = ScriptedDevice(lanes)
+    result = measure(device, [artifact], INPUTS, known={entry["key"]: entry})
+    assert result["artifacts"]["wide"]["threads"] == 2
+    assert {request["models"][0]["threads"] for request in device.asked if request["op"] == "time"} == {2}
+    assert list(result["conditions"]) == ["onnxruntime, 2 threads"]
+
+
+def test_a_device_that_is_lost_midway_loses_nothing_that_was_complete(tmp_path):
+    def answer(names: list[str]) -> Any:
+        return DeviceUnreachable("unplugged") if "lite" in names else lanes(names)
+
+    artifacts = [
+        Artifact(name="a", path=write(tmp_path / "a.onnx", onnx_bytes(2))),
+        Artifact(name="lite", path=write(tmp_path / "lite.tflite", TFLITE), input_layout="channel_last"),
+    ]
+    kept: dict[str, Any] = {}
+    with pytest.raises(DeviceUnreachable):
+        measure(ScriptedDevice(answer), artifacts, INPUTS, keep=kept.__setitem__)
+    assert list(kept) == ["a"]
+
+
+def test_what_is_asked_for_beside_the_latency_is_measured_or_said_not_to_be(tmp_path):
+    inputs = np.random.default_rng(1).normal(size=(40, 3, 2, 2)).astype(np.float32)
+    onnx_file = write(tmp_path / "m.onnx", onnx_bytes(64))
+    with LocalDevice() as device:
+        predicted = open_artifact(onnx_file).predict(inputs)
+        labels = predicted.argmax(axis=1)
+        labels[:10] = (labels[:10] + 1) % 3
+        artifacts = [
+            Artifact(name="m", path=onnx_file),
+            Artifact(name="lite", path=write(tmp_path / "l.tflite", TFLITE), input_layout="channel_last"),
+        ]
+        evaluation = Evaluation(inputs=inputs, labels=labels, expected=predicted)
+        extras = Extras(sustained_s=2, profile=True, evaluation=evaluation)
+        result = measure(device, artifacts, INPUTS, extras=extras)
+    entry, lite = result["artifacts"]["m"], result["artifacts"]["lite"]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert entry["accuracy"]["top1"]["estimate"] == 0.75
+    assert entry["accuracy"]["top1"]["low"] < 0.75 < entry["accuracy"]["top1"]["high"]
+    assert (entry["accuracy"]["agreement"]["estimate"], entry["accuracy"]["max_abs"]) == (1.0, 0.0)
+    assert lite["accuracy"]["agreement"]["estimate"] < 1  # another model
+    assert {row["type"] for row in entry["profile"]["operators"]} & {"MatMul", "Gemm", "FusedMatMul"}
+    assert entry["profile"]["us"] == pytest.approx(sum(entry["profile"]["by_type_us"].values()))
+    assert len(entry["sustained"]["median_us"]) >= 2
+    assert lite["profile"] is None
+    assert "litert has no profiler" in lite["not_measured"]["profile"]
+    # Whether this computer tells its energy or not, it is never a zero.
+    assert entry["energy"] is None or entry["energy"]["idle_w"] > 0
+    assert ("energy" in entry["not_measured"]) == (entry["energy"] is None)
+
+
+# Sustained runs and energy, as values.
+
+
+def _run(*, idle: int, busy: int, slower: float = 1.0, hotter: float = 0.0, idle_w: float = 2.0) -> Sustained:
+    """Seconds of rest at 2 W, and of 100 runs a second that take 30 mJ each beyond it."""
+    rng = np.random.default_rng(0)
+    buckets = [Bucket(start_s=s, spent_s=1.0, runs=0, median_us=None) for s in range(idle)]
+    pace = np.linspace(1, slower, busy)
+    buckets += [
+        Bucket(start_s=idle + s, spent_s=1.0, runs=round(100 / pace[s]), median_us=1e4 * pace[s]) for s in range(busy)
+    ]
+    joules = [idle_w + 0.03 * bucket.runs + rng.normal(0, 0.05) for bucket in buckets]
+    heat = np.concatenate([np.full(idle, 40.0), 40 + np.linspace(0, hotter, busy)])
+    return Sustained(
+        buckets=buckets,
+        start={"temperature_c": 40.0},
+        conditions=[{"temperature_c": float(one)} for one in heat],
+        energy_uj=[1e6 * one for one in joules],
+    )
+
+
+def test_energy_is_what_exceeds_rest_and_its_interval_holds_the_truth():
+    entry = energy_entry(_run(idle=20, busy=60))
+    assert entry["low"] < 0.03 < entry["high"]
+    assert entry["high"] - entry["low"] < 0.002
+    assert entry["idle_w"] == pytest.approx(2, abs=0.05)
+    assert entry["busy_w"] == pytest.approx(5, abs=0.05)
+
+
+def test_energy_is_not_measured_without_counters_or_without_rest():
+    run = _run(idle=20, busy=60)
+    assert energy_entry(Sustained(**{**vars(run), "energy_uj": [None] * 80})) is None
+    assert energy_entry(_run(idle=0, busy=60)) is None
+    assert energy_entry(_run(idle=20, busy=3)) is None
+
+
+@pytest.mark.parametrize(("slower", "hotter", "throttled"), [(1.5, 30.0, True), (1.5, 0.0, False), (1.0, 30.0, False)])
+def test_a_sustained_run_throttles_if_it_is_slower_and_hotter(slower, hotter, throttled):
+    entry = sustained_entry(_run(idle=5, busy=60, slower=slower, hotter=hotter))
+    assert entry["throttled"] is throttled
+    assert entry["start_s"][0] == 0
+    assert len(entry["median_us"]) == 60
+    assert entry["change"] == pytest.approx(slower - 1, abs=0.06)
+
+
+def test_a_device_that_says_that_it_throttles_is_believed():
+    assert has_slowed(np.full(60, 100.0), {"throttle_flags": 0}, {"throttle_flags": 4})
+    assert sustained_entry(_run(idle=5, busy=0)) is None
 
 
 def test_a_model_with_5000_times_the_work_is_found_slower(measured):
@@ -196,6 +358,8 @@ class ScriptedDevice:
         self.asked.append(request)
         if request["op"] == "memory":
             return {"peak_memory_bytes": 4096, "baseline_bytes": 8192, "load_ns": 1}
+        if request["op"] != "time":
+            raise ArtifactRefused(f"expected a request that this device knows, got op={request['op']}")
         answer = self._answer([model["name"] for model in request["models"]])
         if isinstance(answer, Exception):
             raise answer
@@ -231,6 +395,16 @@ def test_a_scripted_device_that_is_honest_is_believed(tmp_path):
         {"samples_ns": [10**15] * 100},
         {"samples_ns": [1] * 100, "runs_per_sample": 0},
         {"runs_per_sample": 2.0},
+        {"block_samples": 0},
+        {"block_samples": "7"},
+        {"warmup": []},
+        {"warmup": {"runs": -1, "spent_ns": 5, "slope": None}},
+        {"warmup": {"runs": 1, "spent_ns": 10**18, "slope": None}},
+        {"warmup": {"runs": 1, "spent_ns": 5, "slope": math.nan}},
+        {"disturbed": [100]},
+        {"disturbed": [-1]},
+        {"disturbed": ["0"]},
+        {"disturbed": {}},
         {"runs_per_sample": None},
     ],
 )
@@ -262,7 +436,7 @@ def test_an_artifact_that_breaks_the_common_process_is_found_by_timing_each_alon
     result = measure(device, artifacts, INPUTS)
     assert list(result["artifacts"]) == ["a", "c"]
     assert result["failed"] == {"b": "the model file crashed the runtime (SIGSEGV)"}
-    assert [len(request["models"]) for request in device.asked if request["op"] == "time"] == [3, 1, 1, 1]
+    assert [len(request["models"]) for request in device.asked if request["op"] == "time"] == [3, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_what_a_device_says_about_itself_is_cleaned(tmp_path):
@@ -289,3 +463,57 @@ def test_a_device_that_does_not_answer_at_all_is_an_error_of_the_measurement(tmp
 
     with pytest.raises(ArtifactRefused, match="no answer"):
         measure(Silent(lanes), [], INPUTS)
+
+
+# Answers to what is asked beside the timed run.
+
+
+@pytest.mark.parametrize(
+    "buckets",
+    [
+        None,
+        [],
+        [[0, 1, 0]],
+        [[0, 10**9, 5, None]],
+        [[0, 10**9, 5, 0]],
+        [[0, 10**9, 5, -7]],
+        [[0, 10**9, 5, 10**9]],
+        [[0, 10**9, 5.0, 10]],
+        [[-1, 10**9, 5, 10]],
+        [[0, 0, 0, None]],
+        [[0, 10**9, 5, 10], [10, 10**9, 5, 10]],
+        [[0, 10**12, 5, 10]],
+        [[0, 10**9, True, 10]],
+        [[2 * n, 1, 0, None] for n in range(5000)],
+    ],
+)
+def test_buckets_that_cannot_be_true_are_refused(buckets):
+    with pytest.raises(ArtifactRefused, match="expected"):
+        believe_buckets({"buckets": buckets}, wall_s=10)
+
+
+@pytest.mark.parametrize(
+    "operators",
+    [5, [5], [["a", "b", 1]], [[1, "b", 1, 1]], [["a", "b", 1, -1]], [["a", "b", 1, 10**10]], [["a", "b", 1.5, 1]],
+     [["a", "b", 1, 1]] * 300],
+)  # fmt: skip
+def test_operators_that_cannot_be_true_are_refused(operators):
+    with pytest.raises(ArtifactRefused, match="expected operators"):
+        believe_operators({"operators": operators}, wall_ns=10**9)
+
+
+def test_names_of_operators_are_cleaned():
+    [operator] = believe_operators({"operators": [["a\x1b[2J" + "x" * 1000, "Conv\r\n", 1, 5]]}, wall_ns=10)
+    assert operator.name.isprintable()
+    assert len(operator.name) <= 300
+    assert operator.kind == "Conv"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"load_ns": 0}, {"first_ns": -1}, {"import_ns": 10**10}, {"load_ns": 1.5}, {"first_ns": 900}]
+)
+def test_cold_starts_that_cannot_be_true_are_refused(changes):
+    answer = {"import_ns": 100, "load_ns": 500, "first_ns": 100}
+    assert believe_cold(answer, wall_ns=1000).load_ns == 500
+    with pytest.raises(ArtifactRefused):
+        believe_cold({**answer, **changes}, wall_ns=1000)

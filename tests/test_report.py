@@ -1023,3 +1023,291 @@ def test_an_audit_of_another_shape_reads_not_measured(broken: Any, tmp_path: Pat
 def test_an_audit_that_is_no_object_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected audit as an object"):
         _write(_demo() | {"audit": ["pass"]}, tmp_path)
+
+
+# Devices.
+
+
+def _fit_rows() -> list[dict[str, Any]]:
+    """Seventeen profiles, as devices/profiles has, and two artifacts, the larger one first."""
+    kinds = {"mcu": 7, "sbc": 6, "phone": 4}
+    verdicts = ("fits", "does not fit", "unknown", "does not run")
+    return [
+        {
+            "device": f"{kind}-{number}",
+            "title": f"Board {kind} {number}",
+            "kind": kind,
+            "artifact": artifact,
+            "verdict": verdicts[number % 4] if artifact == "tflite-float32" else "fits",
+            "why": "memory: 223 to 241 KiB to spare; the firmware around it comes on top",
+            "flash_bytes": [1, 2, 3],
+            "memory_bytes": None,
+            "latency": "7.7 to 120 ms (estimate, nothing was run)" if kind == "mcu" else "not estimated",
+            "latency_ms": [7.7, 120.0],
+            "latency_basis": "309,248 int8 multiply-accumulates",
+            "note": "The radio takes more.",
+        }
+        for kind, count in kinds.items()
+        for number in range(count)
+        for artifact in ("tflite-float32", "tflite-small")
+    ]
+
+
+def _entry(p50_us: float, relative: dict[str, Any] | None, *, runtime: str, heat: bool = False) -> dict[str, Any]:
+    """All that a device can say of a variant."""
+    part = {"low": p50_us * 90, "high": p50_us * 110}
+    return {
+        **_latency(p50_us, p50_us * 1.1, memory_bytes=34_000_000, runtime=runtime)["local"],
+        "min_us": 0.95 * p50_us,
+        "p99_us": 2 * p50_us,
+        "relative": relative,
+        "samples_us": [p50_us * (0.95 + 0.001 * i + (i > 200) * 0.2) for i in range(256)],
+        "cold": {
+            "n": 5,
+            "page_cache": "warm",
+            "confidence": 0.9375,
+            **{f"{name}_us": {"estimate": p50_us * 100, **part} for name in ("import", "load", "first", "total")},
+        },
+        "sustained": {
+            "start_s": [float(second) for second in range(60)],
+            "median_us": [p50_us * (1 + 0.005 * second) for second in range(60)],
+            "temperature_c": [40.0 + second / 2 if heat else None for second in range(60)],
+            "change": 0.251,
+            "throttled": heat,
+        },
+        "energy": {"source": "RAPL", "j_per_inference": 1.2e-5, "low": 1.1e-5, "high": 1.3e-5} if heat else None,
+        "profile": {
+            "runs": 50,
+            "by_type_us": {f"Op{i}": 100.0 / (i + 1) for i in range(13)},
+            "us": 318.0,
+            "share_of_p50": 7.25,
+        },
+        "accuracy": {"n": 500, "top1": {"estimate": 0.93, "low": 0.904, "high": 0.95}} if heat else None,
+        "not_measured": {} if heat else {"energy": "the device does not say what energy it takes"},
+    }
+
+
+def _with_devices() -> dict[str, Any]:
+    """This computer, a board that was lost midway, a browser, a phone that was not there, and two without a clock."""
+    summary = _demo()
+    firsts: dict[str, str] = {}
+    for number, variant in enumerate(summary["variants"]):
+        runtime = "onnxruntime" if variant["format"] == "onnx" else "litert"
+        first = firsts.setdefault(runtime, variant["name"])
+        ratio = {"to": first, "estimate": 0.5 + number / 4, "low": 0.45 + number / 4, "high": 0.55 + number / 4}
+        relative = None if first == variant["name"] else ratio
+        variant["latency"] = {"local": _entry(20.0 + number, relative, runtime=runtime)}
+        variant["latency"]["ssh:pi@pi5"] = _entry(200.0 + 9 * number, relative, runtime=runtime, heat=True)
+        if number < 2:
+            variant["latency"]["browser"] = _entry(90.0, relative, runtime="onnxruntime-web")
+        answers = {"n": 64, "max_abs": 0.14, "scale": 17.0, "top1_agreement": 0.984, "runtime": "micro"}
+        arena = {"arena_bytes": 17408, "operators": ["CONV_2D", "ADD"]}
+        variant["answers_on"] = {"qemu:aarch64": answers, "micro": answers | arena}
+    del summary["variants"][5]["latency"]["ssh:pi@pi5"]
+    gone = {variant["name"]: "nobody listens there" for variant in summary["variants"]}
+    summary["measured"] = {
+        "local": {"mode": "quick", "complete": True, "failed": {}, "changes": ["onnx-small: 20 % slower than in 4"]},
+        "ssh:pi@pi5": {
+            "mode": "quick",
+            "complete": False,
+            "failed": {"tflite-small": "unplugged"},
+            "lost": "unplugged",
+        },
+        "browser": {"mode": "quick", "complete": True, "failed": {}},
+        "adb": {"mode": "quick", "complete": False, "failed": gone, "lost": "nobody listens there"},
+        "micro": {"mode": "parity", "latency": "not measured: a host's time says nothing", "fit": _fit_rows()},
+        "qemu:aarch64": {"mode": "parity", "latency": "not measured: emulated", "failed": {"onnx-small": "refused"}},
+    }
+    summary["devices"] |= {"ssh:pi@pi5": {"cpu": "Cortex-A76"}, "adb": {}}
+    summary["failed"] += [{"stage": "measure adb", "name": name, "reason": why} for name, why in gone.items()]
+    return summary
+
+
+@pytest.fixture(scope="module")
+def devices_source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _write(_with_devices(), tmp_path_factory.mktemp("devices"))
+
+
+@pytest.fixture(scope="module")
+def devices(devices_source: str) -> _Page:
+    return _Page(devices_source)
+
+
+def _said(page: _Page) -> str:
+    return page.text.replace("\u00a0", " ")
+
+
+def test_each_device_has_its_charts_and_every_identifier_is_used_once(devices: _Page, devices_source: str) -> None:
+    drawn = {a["aria-labelledby"] for tag, a in devices.elements if tag == "svg" and a.get("role") == "img"}
+    for name in ("ratio-0-0", "ratio-0-1", "spread-0", "cold-0", "sustained-0", "ratio-1-0", "heat-1", "cold-2"):
+        assert f"{name}-title" in drawn
+    assert "heat-0-title" not in drawn, "this computer told no temperature"
+    identifiers = [attributes["id"] for _, attributes in devices.elements if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    assert len(devices_source.encode()) < 600_000
+
+
+def test_a_ratio_stands_with_its_interval_and_the_first_of_its_runtime_is_1(devices: _Page) -> None:
+    drawn = " ".join(devices.texts["text"])
+    assert "0.75× (0.7 to 0.8)" in drawn
+    assert "Latency beside onnx-float32, onnxruntime" in devices.text
+    assert "Latency beside tflite-float32, litert" in devices.text
+
+
+def test_throttling_heat_and_energy_are_told_beside_the_curve(devices: _Page) -> None:
+    text = _said(devices)
+    assert "onnx-float32 throttled 59 s 200 µs 259 µs +25.1 % 40 to 69.5 °C 12 µJ (11 to 13)" in text
+    assert "onnx-float32 59 s 20 µs 25.9 µs +25.1 % not known not measured" in text
+    assert "Energy of all 6: not measured: the device does not say what energy it takes." in text
+
+
+def test_a_cold_start_says_what_was_in_the_page_cache(devices: _Page) -> None:
+    text = _said(devices)
+    assert "Medians of 5 fresh processes. The file was in the page cache (warm)" in text
+    assert "import of the runtime" in text
+    assert "onnx-float32 2 ms 1.8 ms to 2.2 ms" in text
+
+
+def test_the_ten_longest_kinds_of_operator_are_shown_with_their_share(devices: _Page) -> None:
+    text = _said(devices)
+    share = 100 / sum(1 / (i + 1) for i in range(13))
+    assert f"Operators of onnx-float32 on local: Op0 {share:.1f} %" in text
+    assert "Op9 3.1 % · 10 µs" in text
+    assert "Op10" not in text
+    assert "3 more " in text
+    assert "Profiling slows this model down to 7.25 times its median" in text
+
+
+def test_devices_without_a_clock_tell_answers_and_never_a_latency(devices: _Page) -> None:
+    text = _said(devices)
+    section = text[text.index("Runs elsewhere") : text.index("What fits where")]
+    assert "qemu:aarch64 emulated: parity only" in section
+    assert "onnx-float32 98.4 % 64 inputs 0.14 0.8 % of the largest output 17.4 kB 2 operators not measured" in section
+    assert "Latency: not measured: emulated." in section
+    assert "µs" not in section
+
+
+def test_what_fits_is_told_by_kind_and_the_smallest_artifact_first(devices: _Page) -> None:
+    text = _said(devices)
+    section = text[text.index("What fits where") : text.index("Privacy card")]
+    assert [section.index(title) for title in ("Microcontrollers", "Single-board computers", "Phones")] == sorted(
+        section.index(title) for title in ("Microcontrollers", "Single-board computers", "Phones")
+    )
+    assert "tflite-small · 8.74 kB · fits 7 of 7" in section
+    assert "tflite-float32 · 43 kB · fits 2 of 7" in section
+    assert section.index("tflite-small · ") < section.index("tflite-float32 · ")
+    assert "Board mcu 1 does not fit memory: 223 to 241 KiB to spare" in section
+    assert section.count("(estimate, nothing was run)") == 14
+    assert section.count("The radio takes more.") == 17
+    assert [tag for tag, a in devices.elements].count("details") > 6
+
+
+def test_what_is_lost_reads_not_measured_with_the_reason_and_never_0(devices: _Page) -> None:
+    text = _said(devices)
+    assert "adb Not measured nobody listens there." in text
+    assert "ssh:pi@pi5 Not measured to the end unplugged. The figures of 5 variants" in text
+    assert (
+        "onnx-float32, onnx-dynamic, onnx-small, tflite-float32, tflite-dynamic, tflite-small measure adb not" in text
+    )
+    table = text[text.index("Data use Latency p50") :]
+    assert "on adb not measured" in table
+    assert "on ssh:pi@pi5 not measured" in table
+    assert not [
+        cell for tag in ("td", "div", "small", "span") for cell in devices.texts[tag] if cell.strip() == "0\u00a0µs"
+    ]
+
+
+def test_what_changed_since_earlier_measurements_is_a_notice(devices: _Page) -> None:
+    assert "Slower or faster than in earlier measurements onnx-small: 20 % slower than in 4" in devices.text
+
+
+def test_numbers_from_a_browser_are_labelled(devices: _Page, tmp_path: Path) -> None:
+    assert "on browser in-browser" in devices.text
+    summary = _demo()
+    summary["variants"] = [
+        {**variant, "latency": {"browser": variant["latency"]["local"]}} for variant in summary["variants"]
+    ]
+    assert "on browser in-browser" in _page(summary, tmp_path).text, "also where it is the only device"
+
+
+def test_accuracy_on_the_device_stands_beside_the_one_here(devices: _Page) -> None:
+    text = _said(devices)
+    assert "94 % ±0 pt to the float model on ssh:pi@pi5 itself: 93 % (90.4 % to 95 %, 500 inputs)" in text
+    assert "on local itself" not in text
+
+
+def test_a_run_that_was_measured_as_before_has_no_section_for_devices(demo: _Page) -> None:
+    headings = {a.get("id") for tag, a in demo.elements if tag == "h2"}
+    assert not headings & {"devices", "elsewhere", "fits"}
+
+
+def test_twenty_variants_on_four_devices_stay_under_a_megabyte(tmp_path: Path) -> None:
+    summary = _with_devices()
+    variants = [{**v, "name": f"{v['name']}-{i}"} for i in range(4) for v in summary["variants"]]
+    rows = [{**row, "artifact": v["name"]} for v in variants for row in _fit_rows()[::2]]
+    summary["variants"] = variants
+    summary["measured"]["micro"]["fit"] = rows
+    assert len(_write(summary, tmp_path).encode()) < 1_000_000
+
+
+def _swapped(value: Any, at: str, odd: Any) -> Any:
+    """The same JSON with another value under each key of that name."""
+    if isinstance(value, dict):
+        return {key: odd if key == at else _swapped(item, at, odd) for key, item in value.items()}
+    return [_swapped(item, at, odd) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("odd", [None, "text", [], [3, "x"], {}, 3, -1.0, math.nan])
+def test_parts_of_another_shape_are_left_out(odd: Any, tmp_path: Path) -> None:
+    summary = _with_devices() | {"training": {}}
+    first, about = summary["variants"][0], dict(summary["measured"]["micro"])
+    entry = first["latency"]["ssh:pi@pi5"] | {
+        "relative": {"to": "onnx-float32", "estimate": 2.0, "low": 1.9, "high": 2.1}
+    }
+    outer = (
+        "relative",
+        "cold",
+        "sustained",
+        "energy",
+        "profile",
+        "accuracy",
+        "not_measured",
+        "samples_us",
+        "flags",
+        "ci",
+    )
+    entries = {key: {**entry, key: odd} for key in outer}
+    for key in ("estimate", "median_us", "start_s", "temperature_c", "by_type_us", "import_us", "top1", "change"):
+        entries[key] = _swapped(entry, key, odd)
+    odd_ones = [{**first, "name": key, "latency": {"local": value}} for key, value in entries.items()]
+    answers = [
+        {**first, "name": key, "answers_on": {"micro": _swapped(first["answers_on"]["micro"], key, odd)}}
+        for key in first["answers_on"]["micro"]
+    ]
+    summary["variants"] = [first, *odd_ones, *answers]
+    summary["measured"] |= {"a": odd, "b": {"fit": odd, "changes": odd, "failed": odd, "lost": odd}}
+    summary["measured"] |= {key: {**about, "fit": _swapped(about["fit"][:4], key, odd)} for key in about["fit"][0]}
+    text = _page(summary, tmp_path).text
+    assert not re.search(r"\b(None|nan|Undefined)\b", text)
+
+
+@pytest.mark.parametrize("payload", CORPUS)
+def test_no_string_of_a_device_becomes_markup(payload: str, devices: _Page, tmp_path: Path) -> None:
+    summary = _with_devices()
+    summary["variants"] = summary["variants"][:2]
+    lists = {"changes": [payload], "lost": payload, "latency": payload, "failed": {payload: payload}}
+    summary["measured"] = {key: {**about, **lists} for key, about in summary["measured"].items()}
+    summary["measured"][payload] = {"mode": "quick", **lists}
+    summary["measured"]["micro"]["fit"] = [
+        {key: value if key == "kind" else payload for key, value in row.items()} for row in _fit_rows()[:2]
+    ]
+    for variant in summary["variants"]:
+        entry = _poisoned(variant["latency"]["local"], payload, numbers=False)
+        entry["profile"]["by_type_us"] = {payload: 3.0}
+        entry["not_measured"] = {payload: payload}
+        variant["latency"][payload] = entry
+        variant["answers_on"][payload] = {"n": payload, "max_abs": payload, "operators": [payload]}
+    page = _page(summary, tmp_path)
+    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in devices.elements}
+    known = {name for _, attributes in devices.elements for name in attributes}
+    assert {name for _, attributes in page.elements for name in attributes} <= known

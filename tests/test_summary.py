@@ -1,10 +1,13 @@
 """What summary.json tells of the rounds, and that a run whose owners come and go is not taken for a damaged one."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tacit.devices.durable import FileDamaged
 from tacit.edge import pipeline, summary
 from tacit.federated.accounts import read_ledger
 from tacit.federated.chain import ChainDamaged
@@ -94,3 +97,51 @@ def test_of_an_owner_that_was_set_aside_more_than_once_the_last_reason_is_told()
 def test_what_a_client_level_round_keeps_secret_does_not_appear_as_null():
     row = {"round": 3, "accuracy": float("nan"), "bytes_up": None, "bytes_down": None, "simulated_s": None}
     assert summary._shown(row) == {"round": 3, "accuracy": None}
+
+
+def _measured(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "measure" / "x.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    try:
+        return pipeline.report(folder)
+    finally:
+        path.unlink()
+
+
+def test_a_device_that_was_lost_stands_in_the_summary_with_its_reason_and_what_it_kept(away):
+    folder, _ = away
+    lost = {"device": "ssh:a@b", "mode": "quick", "artifacts": {}, "failed": {"a": "unplugged"}, "facts": {}}
+    told = _measured(folder, {**lost, "complete": False, "lost": "unplugged", "changes": ["a: slower"], "fit": None})
+    assert told["measured"] == {
+        "ssh:a@b": {
+            "mode": "quick",
+            "complete": False,
+            "lost": "unplugged",
+            "failed": {"a": "unplugged"},
+            "changes": ["a: slower"],
+        }
+    }
+    assert told["failed"] == [{"stage": "measure ssh:a@b", "name": "a", "reason": "unplugged"}]
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"device": 3, "artifacts": {}, "failed": {}}, {"device": "x", "artifacts": []}]
+)
+def test_a_measurement_that_is_damaged_is_refused_and_not_shown_as_none(away, content):
+    with pytest.raises(FileDamaged, match="run tacit measure again"):
+        _measured(away[0], content)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept", "other"), [("quick", "latency", "answers_on"), ("parity", "answers_on", "latency")]
+)
+def test_answers_of_a_device_without_a_clock_are_no_latency(mode, kept, other):
+    entry = {"p50_us": 1.0, "block_medians_us": [1.0] * 512}
+    content = {"mode": mode, "artifacts": {"a": entry}, "input_source": "test"}
+    variant = dict.fromkeys(summary._VARIANT_KEYS) | {"name": "a"}
+    recipe = SimpleNamespace(compression=SimpleNamespace(variants=[SimpleNamespace(name="a")]))
+    folder = SimpleNamespace(recipe=recipe, read_json=lambda *parts: variant)
+    (told,) = summary._variants(folder, {"x": content})
+    assert told[kept] == {"x": {"p50_us": 1.0, "input_source": "test"}}, "without what only a comparison needs"
+    assert told[other] == {}

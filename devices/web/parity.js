@@ -1,44 +1,13 @@
 // Runs one model on the inputs that the server holds, one example at a time, and sends back what it answers.
 
+import { openModel } from "./runtimes.js";
+
 const TYPES = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array };
 
 async function content(name) {
   const response = await fetch(name);
   if (!response.ok) throw new Error(`${name}: ${response.status}`);
   return response.arrayBuffer();
-}
-
-async function openOnnx(model) {
-  const ort = await import("./vendor/onnxruntime-web/ort.wasm.min.mjs");
-  ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmPaths = new URL("./vendor/onnxruntime-web/", import.meta.url).href;
-  const session = await ort.InferenceSession.create(new Uint8Array(model), { executionProviders: ["wasm"] });
-  return async (inputs) => {
-    const feeds = Object.fromEntries(
-      session.inputNames.map((name, place) => [name, new ort.Tensor(inputs[place].type, inputs[place].values, inputs[place].shape)]),
-    );
-    const answers = await session.run(feeds);
-    return session.outputNames.map((name) => ({ type: answers[name].type, shape: answers[name].dims, values: answers[name].data }));
-  };
-}
-
-async function openTflite(model) {
-  const litert = await import("./vendor/litert/index.js");
-  await litert.loadLiteRt(new URL("./vendor/litert/wasm/", import.meta.url).href);
-  const compiled = await litert.loadAndCompile(new Uint8Array(model), { accelerator: "wasm" }).catch((error) => {
-    const hint = /Element type \w+ is not supported/.test(error.message) ? " Export a form with float inputs and outputs." : "";
-    throw new Error(error.message + hint);
-  });
-  return async (inputs) => {
-    const tensors = inputs.map((input) => new litert.Tensor(input.values, input.shape));
-    const answers = await compiled.run(tensors);
-    const read = answers.map((answer) => {
-      const values = answer.toTypedArray().slice();
-      return { type: values instanceof Int32Array ? "int32" : "float32", shape: [...answer.type.layout.dimensions], values };
-    });
-    for (const tensor of [...tensors, ...answers]) tensor.delete();
-    return read;
-  };
 }
 
 function example(input, index) {
@@ -54,7 +23,7 @@ function joined(answers) {
 async function main() {
   const job = JSON.parse(new TextDecoder().decode(await content("job")));
   const model = await content("model");
-  const infer = await (job.kind === "onnx" ? openOnnx(model) : openTflite(model));
+  const infer = await openModel(job.kind, model);
   const inputs = await Promise.all(
     job.inputs.map(async (input, place) => ({ ...input, values: new TYPES[input.type](await content(`input/${place}`)) })),
   );

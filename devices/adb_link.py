@@ -1,0 +1,300 @@
+"""One phone behind this computer's adb server: chosen, given files and commands, heard within limits.
+
+Commands are lists of arguments, quoted each, and what comes back is read in bounded pieces here: adbutils itself would
+read on as long as a phone sends, and would not say why a phone refuses a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shlex
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tacit.devices.answers import DeviceFull, DeviceUnreachable, printable
+
+__all__ = ["AdbLink", "Said", "choose", "open_link", "parse_target"]
+
+_TARGET = re.compile(r"adb(?::(?P<serial>[A-Za-z0-9\[][A-Za-z0-9._:%\[\]-]{0,127}))?")
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_CHUNK_BYTES = 1 << 16  # the most that the sync protocol takes at once
+_MAX_SAID_BYTES = 1 << 16
+_GRACE_S = 20.0
+_LEAST_RATE = 200_000  # bytes a second; a slower transfer is given up
+_STDOUT, _STDERR, _EXIT = 1, 2, 3  # kinds of packets of the second shell protocol
+_WHAT_TO_DO = {
+    "unauthorized": "unlock the phone and accept its question about this computer's key",
+    "authorizing": "unlock the phone and accept its question about this computer's key",
+    "offline": "plug it in again, or `adb reconnect offline`",
+    "connecting": "wait for it, or plug it in again",
+    "no": "give this user the right to use its USB device (udev rules), then `adb kill-server`",  # "no permissions"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a command said, and how that ended: it exited, or had used up its time or its amount of output."""
+
+    ended: Literal["exit", "time", "output"]
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+def parse_target(text: str) -> str | None:
+    """Read ``adb[:serial]``; the serial is None where none is given.
+
+    Raises:
+        ValueError: It is no such text.
+
+    >>> parse_target("adb:192.168.1.20:5555"), parse_target("adb")
+    ('192.168.1.20:5555', None)
+    >>> parse_target("adb:x; rm -rf /")
+    Traceback (most recent call last):
+        ...
+    ValueError: expected adb or adb:SERIAL, got device='adb:x; rm -rf /'; take a serial that `adb devices` shows
+    """
+    found = _TARGET.fullmatch(text)
+    if found is None:
+        shown = printable(text)
+        raise ValueError(f"expected adb or adb:SERIAL, got device={shown!r}; take a serial that `adb devices` shows")
+    return found["serial"]
+
+
+def choose(serial: str | None, states: Sequence[tuple[str, str]]) -> str:
+    """Return the serial of the phone that is meant and that answers.
+
+    Args:
+        serial: That is asked for; None where there should be one phone only.
+        states: Serial and state of each that the adb server knows.
+
+    Raises:
+        DeviceUnreachable: There is none, it does not answer, or there are several and none is named.
+
+    >>> choose(None, [("R5CT1", "device")])
+    'R5CT1'
+    >>> choose(None, [("R5CT1", "device"), ("R5CT2", "device")])
+    Traceback (most recent call last):
+        ...
+    tacit.devices.answers.DeviceUnreachable: expected one phone at adb, got 2: R5CT1, R5CT2; name one as adb:SERIAL
+    """
+    shown = ", ".join(printable(found) for found, _ in states[:8])
+    if not states:
+        raise DeviceUnreachable(
+            "expected a phone at adb, got none; plug it in and switch on USB debugging, or `adb connect ADDRESS`"
+        )
+    if serial is None and len(states) > 1:
+        raise DeviceUnreachable(f"expected one phone at adb, got {len(states)}: {shown}; name one as adb:SERIAL")
+    chosen, state = next(((one, state) for one, state in states if serial in (None, one)), (None, ""))
+    if chosen is None:
+        raise DeviceUnreachable(f"expected the phone {serial} at adb, got {shown}; plug it in, or name another")
+    if state != "device":
+        advice = _WHAT_TO_DO.get(state, "start Android on it")
+        what = "no permissions" if state == "no" else printable(state)
+        raise DeviceUnreachable(f"expected the phone {printable(chosen)} to be ready, got: {what}; {advice}")
+    return chosen
+
+
+def open_link(target: str) -> AdbLink:
+    """Find the phone, starting an adb server where none runs yet.
+
+    The server is that of adb's own ``ANDROID_ADB_SERVER_PORT``.
+
+    Raises:
+        DeviceUnreachable: There is no server, or the phone does not answer, or is older than Android 7.
+        ModuleNotFoundError: adbutils is not installed.
+        ValueError: The target is none.
+    """
+    serial = parse_target(target)
+    try:
+        import adbutils
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("expected adbutils for a phone; pip install 'tacit[devices]'") from None
+    except ValueError:  # it reads this variable as it is imported
+        port = printable(os.environ.get("ANDROID_ADB_SERVER_PORT", ""))
+        raise DeviceUnreachable(f"expected a port, got ANDROID_ADB_SERVER_PORT={port!r}; unset it") from None
+    client = adbutils.AdbClient(socket_timeout=_GRACE_S)
+    try:
+        _start_server(client)
+        chosen = choose(serial, [(found.serial, found.state) for found in client.list()])
+        with client.make_connection() as connection:
+            connection.send_command(f"host-serial:{chosen}:features")
+            connection.check_okay()
+            features = connection.read_string_block()
+    except _breaks() as error:
+        if isinstance(error, DeviceUnreachable):
+            raise
+        why = _reason(error)
+        raise DeviceUnreachable(f"expected an answer of the adb server, got: {why}; try `adb devices`") from error
+    if "shell_v2" not in features.split(","):
+        raise DeviceUnreachable(f"expected Android 7 or newer on {chosen}, got an older adbd; name another phone")
+    return AdbLink(client, name=target, serial=chosen)
+
+
+class AdbLink:
+    """Commands and files for one phone, each in a connection of its own."""
+
+    def __init__(self, client: Any, *, name: str, serial: str) -> None:
+        """Take a client of adbutils, which connects to the server."""
+        self._client = client
+        self.name, self.serial = name, serial
+
+    def ask(
+        self,
+        arguments: Sequence[str],
+        *,
+        limit_s: float = _GRACE_S,
+        most_bytes: int = _MAX_SAID_BYTES,
+        heard: bytearray | None = None,
+    ) -> Said:
+        """Run a command on the phone; ``heard`` holds its output also where this is interrupted.
+
+        Raises:
+            DeviceUnreachable: The connection was lost.
+        """
+        stdout, stderr, deadline_s = bytearray() if heard is None else heard, bytearray(), time.monotonic() + limit_s
+        with self._opened(f"shell,v2,raw:{shlex.join(arguments)}", min(limit_s, _GRACE_S)) as connection:
+            ended, returncode = _listen(connection.conn, {_STDOUT: stdout, _STDERR: stderr}, deadline_s, most_bytes)
+        return Said(ended=ended, returncode=returncode, stdout=bytes(stdout), stderr=bytes(stderr))
+
+    def hear(self, arguments: Sequence[str], *, limit_s: float = _GRACE_S) -> str:
+        """What a short command says, as text; its exit status is of no interest.
+
+        Raises:
+            DeviceUnreachable: It was lost, does not end or says far too much.
+        """
+        said = self.ask(arguments, limit_s=limit_s)
+        if said.ended != "exit":
+            what = "nothing in time" if said.ended == "time" else "far too much said"
+            raise DeviceUnreachable(self.lost(f"{what} by {printable(arguments[0])}"))
+        return said.stdout.decode("utf-8", errors="replace").replace("\r", "")
+
+    def push(self, content: bytes, path: str, *, executable: bool = False) -> None:
+        """Write a file.
+
+        Raises:
+            DeviceFull: The phone did not keep it.
+            DeviceUnreachable: The connection was lost.
+        """
+        wanted = f"{path},{0o100700 if executable else 0o100600}".encode()
+        pieces = [content[start : start + _CHUNK_BYTES] for start in range(0, len(content), _CHUNK_BYTES)]
+        messages = [_message(b"SEND", wanted), *(_message(b"DATA", piece) for piece in pieces)]
+        deadline_s = time.monotonic() + _GRACE_S + len(content) / _LEAST_RATE
+        with self._opened("sync:", _GRACE_S) as connection:
+            _send_all(connection.conn, [*messages, b"DONE" + struct.pack("<I", int(time.time()))], deadline_s)
+            connection.conn.settimeout(_left_s(deadline_s))
+            kind, length = struct.unpack("<4sI", connection.read_exact(8))
+            reason = connection.read_exact(min(length, 1000)) if kind == b"FAIL" else b""
+        if kind == b"FAIL":
+            why = printable(reason.decode("utf-8", errors="replace"))
+            raise DeviceFull(
+                f"expected {self.name} to keep a file of {len(content)} bytes, got: {why}; make room on it"
+            )
+        if kind != b"OKAY":
+            raise DeviceUnreachable(self.lost(f"{printable(kind.decode('latin-1'))!r} for a file"))
+
+    def lost(self, got: str) -> str:
+        """The line for a phone that is of no more use."""
+        return f"expected an answer of {self.name} over adb, got: {got}; plug it in again and go on"
+
+    @contextlib.contextmanager
+    def _opened(self, service: str, limit_s: float) -> Iterator[Any]:
+        try:
+            # Not by adbutils' own open_transport, which leaves a socket open for each refusal.
+            with self._client.make_connection(timeout=limit_s) as connection:
+                for request in (f"host:transport:{self.serial}", service):
+                    connection.send_command(request)
+                    connection.check_okay()
+                yield connection
+        except _breaks() as error:
+            if isinstance(error, DeviceUnreachable | DeviceFull):
+                raise
+            raise DeviceUnreachable(self.lost(_reason(error))) from error
+
+
+def _listen(
+    conn: socket.socket, streams: dict[int, bytearray], deadline_s: float, most_bytes: int
+) -> tuple[Literal["exit", "time", "output"], int]:
+    """Sort what comes into its streams, until the exit status, the time limit or too much of it."""
+    total, held, kind, missing = 0, b"", 0, 0
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        conn.settimeout(left_s)
+        try:
+            chunk = conn.recv(_CHUNK_BYTES)
+        except TimeoutError:
+            break
+        if not chunk:
+            raise EOFError("its end")
+        total, held = total + len(chunk), held + chunk
+        while held:
+            if not missing:
+                if len(held) < 5:
+                    break
+                (kind, missing), held = struct.unpack("<BI", held[:5]), held[5:]
+            taken, held = held[:missing], held[missing:]
+            missing -= len(taken)
+            if kind == _EXIT and taken:
+                return "exit", taken[0]
+            if kind in streams:
+                streams[kind] += taken
+        if total > most_bytes:
+            return "output", -1
+    return "time", -1
+
+
+def _send_all(conn: socket.socket, messages: Sequence[bytes], deadline_s: float) -> None:
+    """Send until all is sent, or the phone has something to say, which can only be a refusal."""
+    for message in messages:
+        if select.select([conn], [], [], 0)[0]:
+            return
+        conn.settimeout(_left_s(deadline_s))
+        try:
+            conn.sendall(message)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the reading finds out why
+
+
+def _message(kind: bytes, content: bytes) -> bytes:
+    return kind + struct.pack("<I", len(content)) + content
+
+
+def _left_s(deadline_s: float) -> float:
+    return max(0.001, deadline_s - time.monotonic())
+
+
+def _start_server(client: Any) -> None:
+    """Start the server here and not in adbutils, which lets it write to our output."""
+    import adbutils
+
+    with contextlib.suppress(OSError):
+        socket.create_connection((client.host, client.port), timeout=3).close()
+        return
+    where = f"{printable(client.host)}:{client.port}"
+    if client.host not in _LOCAL:
+        raise DeviceUnreachable(f"expected an adb server at {where}, got none; start it there")
+    command, quiet = [adbutils.adb_path(), "start-server"], subprocess.DEVNULL
+    try:
+        subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet, timeout=_GRACE_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise DeviceUnreachable(f"expected an adb server at {where}, got none; try `adb start-server`") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError) or type(error).__name__ == "AdbTimeout":
+        return "nothing in time"
+    return printable(str(error)) or type(error).__name__
+
+
+def _breaks() -> tuple[type[Exception], ...]:
+    """The errors that a connection ends in; the adb server's numbers that are none raise ValueError in adbutils."""
+    import adbutils
+
+    return (OSError, EOFError, ValueError, struct.error, adbutils.AdbError)

@@ -1,0 +1,337 @@
+// The page: says what will happen, starts the worker, draws what it measures, and posts it to the computer in order.
+
+import { drawLatency, drawPace } from "./charts.js";
+
+const MESSAGE = {
+  used: ["This link has been used", "A measurement was started with it, here or on another device. What was measured so far is on the computer.", "Start the measurement again on the computer and open the new link."],
+  wasm: ["This browser cannot run models", "It has no WebAssembly with SIMD, which both runtimes need.", "Open the link of a new measurement in Chrome, Edge, Firefox, or Safari 16.4 and later. In Lockdown Mode (iPhone), WebAssembly is off."],
+  gone: ["The computer does not answer", "The measurement there has ended, or this device has left its network. What was measured so far is on the computer.", "Check that both are on the same network, then start the measurement again."],
+  broken: ["The measurement stopped", "", "What was measured so far is on the computer. Start the measurement again to repeat it."],
+};
+const SECTIONS = ["loading", "start", "running", "failed", "done"];
+const $ = (id) => document.getElementById(id);
+const sleep = (ms) => new Promise((resume) => setTimeout(resume, ms));
+
+let job, session = "", sequence = 0, queue = Promise.resolve(), over = false, worker, lock, hidden = 0;
+const models = new Map(); // by id: { name, colour, runtime, medians, pace, start }
+
+function show(name) {
+  for (const section of SECTIONS) $(section).hidden = section !== name;
+  $(`${name}-title`)?.focus();
+}
+
+function fail(kind, text) {
+  if (over) return null;
+  over = true;
+  worker?.terminate();
+  release();
+  const [title, why, what] = MESSAGE[kind];
+  $("failed-title").textContent = title;
+  $("failed-text").textContent = text || why;
+  $("failed-do").textContent = what;
+  show("failed");
+  return null;
+}
+
+async function post(name, body) {
+  const isBytes = body instanceof ArrayBuffer;
+  const headers = {
+    "Content-Type": isBytes ? "application/octet-stream" : "application/json",
+    "X-Tacit-Session": session,
+    "X-Tacit-Sequence": String(sequence),
+  };
+  sequence += 1;
+  for (let attempt = 0; ; attempt += 1) {
+    try {
+      const sent = isBytes ? body : JSON.stringify(body);
+      const response = await fetch(name, { method: "POST", headers, body: sent, keepalive: name === "ended" });
+      if (response.ok) return response.json();
+      const reason = (await response.json().catch(() => ({}))).error || response.statusText;
+      throw Object.assign(new Error(reason), { status: response.status });
+    } catch (error) {
+      // A phone's network comes and goes; the computer takes no report twice.
+      if ((error.status && error.status !== 503) || attempt === 4) throw error;
+      await sleep(300 * 2 ** attempt);
+    }
+  }
+}
+
+// One after the other, so that they arrive in order.
+function tell(name, body) {
+  queue = queue.then(async () => {
+    if (over) return null;
+    try {
+      return await post(name, body);
+    } catch (error) {
+      if (error.status === 410 || !error.status) return fail("gone");
+      const reason = `the computer refused a report (${error.status}): ${error.message}`;
+      await post("ended", { reason: reason.slice(0, 300) }).catch(() => {});
+      return fail("broken", `${reason}.`);
+    }
+  });
+  return queue;
+}
+
+function hasWasm() {
+  // A function that returns a vector: valid only where there is SIMD.
+  const simd = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
+  try {
+    return typeof WebAssembly === "object" && WebAssembly.validate(new Uint8Array(simd));
+  } catch {
+    return false;
+  }
+}
+
+async function battery() {
+  try {
+    const state = await navigator.getBattery();
+    return { battery_percent: Math.round(100 * state.level), charging: state.charging ? 1 : 0 };
+  } catch {
+    return {};
+  }
+}
+
+async function facts() {
+  return {
+    user_agent: navigator.userAgent,
+    cores: navigator.hardwareConcurrency ?? null,
+    memory_gib_at_least: navigator.deviceMemory ?? null,
+    screen: `${screen.width}x${screen.height}@${devicePixelRatio}`,
+    cross_origin_isolated: self.crossOriginIsolated ? 1 : 0,
+    webassembly: hasWasm() ? 1 : 0,
+    ...(await battery()),
+  };
+}
+
+async function keepAwake() {
+  try {
+    lock = await navigator.wakeLock.request("screen");
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function release() {
+  lock?.release?.().catch(() => {});
+  lock = null;
+}
+
+const bytes = (count) => (count < 1e6 ? `${Math.max(1, Math.round(count / 1e3))} kB` : `${(count / 1e6).toFixed(1)} MB`);
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function problem(text) {
+  $("problems").hidden = false;
+  $("problems").append(element("li", text));
+}
+
+function describeJob() {
+  const all = job.groups.flatMap((group) => group.models.map((model) => ({ ...model, runtime: group.runtime })));
+  all.forEach((model, place) => models.set(model.id, { ...model, colour: `var(--s${place % 8})`, medians: [], pace: [], start: null }));
+  const count = all.length;
+  $("start-title").textContent = count === 1 ? "Measure a model on this device" : `Measure ${count} models on this device`;
+  $("start-lead").textContent = "This browser will run them on real inputs and time every run.";
+  for (const group of job.groups) {
+    $("start-models").append(element("h2", group.runtime));
+    const list = $("start-models").appendChild(element("ul"));
+    for (const model of group.models) {
+      const row = list.appendChild(element("li"));
+      row.append(element("span", model.name, "name"), element("span", bytes(model.bytes), "what"));
+    }
+  }
+  const minutes = job.expected_s / 60;
+  $("start-time").textContent = minutes < 1.5 ? "It takes about a minute." : `It takes about ${Math.round(minutes)} minutes.`;
+  const notices = [...job.notices];
+  if (!self.crossOriginIsolated) notices.push("This page is not isolated here, so the clock is coarse: several runs are timed at a time.");
+  $("start-notice").hidden = !notices.length;
+  $("start-notice").textContent = notices.join(" ");
+  $("foot").textContent = job.groups.map((group) => `${group.runtime} ${group.version}`).join(", ");
+}
+
+async function begin() {
+  $("begin").disabled = true;
+  try {
+    // The same number with each attempt: an answer that was lost on the way is given again, to this page alone.
+    const nonce = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    session = (await post("start", { nonce, facts: await facts() })).session;
+  } catch (error) {
+    fail(error.status === 409 ? "used" : error.status ? "broken" : "gone", error.status === 409 ? "" : error.message);
+    return;
+  }
+  if (!hasWasm()) {
+    await tell("ended", { reason: "this browser has no WebAssembly with SIMD" });
+    fail("wasm");
+    return;
+  }
+  show("running");
+  $("results").hidden = false;
+  const awake = await keepAwake();
+  $("running-note").textContent = awake ? "The screen stays on. Keep this page in front." : "Keep the screen on and this page in front.";
+  worker = new Worker("measure-worker.js");
+  worker.onmessage = ({ data }) => receive(data);
+  worker.onerror = (event) => stop(event.message || "the worker could not be started");
+  worker.postMessage({ job, session });
+  setInterval(() => { if (!over) tell("alive", {}); }, 5000);
+}
+
+async function stop(reason) {
+  await tell("ended", { reason: String(reason).slice(0, 300) });
+  fail("broken", `${reason}`);
+}
+
+async function receive(data) {
+  if (over) return;
+  if (data.step) progress(data.step, data.share);
+  if (data.block) {
+    const model = models.get(data.block.model);
+    model.start ??= data.block.at;
+    model.medians.push({ s: (data.block.at - model.start) / 1000, ms: data.block.ms });
+    schedule();
+  }
+  if (data.pace) {
+    models.get(data.pace.model).pace.push(data.pace);
+    schedule();
+  }
+  if (data.moment) tell("moment", { ...data.moment, hidden, ...(await battery()) });
+  if (data.broken) await stop(data.broken);
+  if (data.report === "failed") problem(`${models.get(data.body.model).name}: not measured. ${data.body.reason}`);
+  if (data.report === "ended") finish(await tell("ended", data.body));
+  else if (data.report) tell(data.report, data.body);
+}
+
+function progress(text, share) {
+  $("running-step").textContent = text;
+  $("running-progress").value = Math.max($("running-progress").value, Math.round(100 * share));
+}
+
+let isDue = false;
+function schedule() {
+  if (isDue) return;
+  isDue = true;
+  setTimeout(() => {
+    isDue = false;
+    draw();
+  }, 500);
+}
+
+function draw() {
+  const shown = [...models.values()].filter((model) => model.medians.length);
+  $("latency-card").hidden = $("pace-card").hidden = !shown.length;
+  if (!shown.length) return;
+  drawLatency($("latency"), shown);
+  const isSustained = shown.some((model) => model.pace.length > 1);
+  const isLong = job.sustained_s >= 180;
+  if (isSustained) $("pace-title").textContent = "Pace under load";
+  const series = shown.map((model) => ({ ...model, points: isSustained ? model.pace.map(({ minutes, ms }) => ({ x: isLong ? minutes : 60 * minutes, ms })) : model.medians.map(({ s, ms }) => ({ x: s, ms })) }));
+  drawPace($("pace"), series.filter((one) => one.points.length > 1), isSustained && isLong ? "min" : "s");
+}
+
+const number = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
+const time = (us) => (us === null ? "too few runs" : us >= 1000 ? `${number(us / 1000)} ms` : `${number(us)} µs`);
+const range = ([low, high]) => (high >= 1000 ? `${number(low / 1000)}–${number(high / 1000)} ms` : `${number(low)}–${number(high)} µs`);
+
+function cell(text, small) {
+  const made = element("td", text);
+  made.setAttribute("role", "cell");
+  if (small) made.append(element("small", small));
+  return made;
+}
+
+function table(group, results) {
+  const rows = group.models.filter((model) => results[model.id]);
+  if (!rows.length) return null;
+  const card = element("div", undefined, "card"), made = element("table"), head = element("tr");
+  made.append(element("caption", group.runtime));
+  for (const title of ["Model", "Median", "p90", "Ratio", ...(job.check ? ["Agrees"] : [])]) {
+    const column = element("th", title);
+    column.scope = "col";
+    column.setAttribute("role", "columnheader"); // a style of rows takes roles away
+    head.append(column);
+  }
+  const top = element("thead"), body = element("tbody");
+  made.setAttribute("role", "table");
+  if (job.check) made.className = "checked";
+  head.setAttribute("role", "row");
+  for (const part of [top, body]) part.setAttribute("role", "rowgroup");
+  top.append(head);
+  for (const model of rows) {
+    const found = results[model.id], row = element("tr"), name = element("th");
+    const swatch = element("span", undefined, "swatch");
+    swatch.style.background = models.get(model.id).colour;
+    name.scope = "row";
+    name.setAttribute("role", "rowheader");
+    row.setAttribute("role", "row");
+    name.append(swatch, model.name);
+    row.append(name, cell(time(found.p50_us), found.ci_us && range(found.ci_us)), cell(time(found.p90_us)));
+    const ratio = found.relative;
+    row.append(ratio ? cell(`${number(ratio.estimate)}×`, `${number(ratio.low)}–${number(ratio.high)}`) : cell(found.is_first ? "1" : "–", found.is_first ? "reference" : "too few runs"));
+    if (job.check) row.append(found.accuracy ? cell(`${(100 * found.accuracy.share).toFixed(0)} %`, `of ${found.accuracy.n}`) : cell("–"));
+    body.append(row);
+  }
+  made.append(top, body);
+  card.append(made);
+  return card;
+}
+
+function finish(answer) {
+  if (over || !answer) return;
+  over = true;
+  worker.terminate();
+  release();
+  draw();
+  show("done");
+  const found = answer.artifacts, count = Object.keys(found).length;
+  if (!count) {
+    $("done-title").textContent = "No model could be measured";
+    $("done-lead").textContent = "Why is said below, and on the computer.";
+  }
+  for (const group of job.groups) {
+    const made = table(group, found);
+    if (made) $("done-tables").append(made);
+  }
+  if (job.groups.some((group) => group.models.length > 1)) {
+    $("done-tables").append(element("p", "Ratio: time of a run against the first model of the same runtime, with its 95 % interval; below 1 is faster.", "quiet"));
+  }
+  if (hidden) problem(`The page was left ${hidden === 1 ? "once" : `${hidden} times`} while it measured; it waited for your return.`);
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (!worker || over) return;
+  const paused = document.visibilityState === "hidden";
+  if (paused) hidden += 1;
+  else keepAwake();
+  worker.postMessage({ paused });
+  $("running-title").textContent = paused ? "Paused" : "Measuring";
+});
+
+addEventListener("pagehide", () => {
+  if (!session || over) return;
+  over = true;
+  // Out of turn: what waits in the queue will not be sent any more.
+  fetch("closed", { method: "POST", keepalive: true, headers: { "Content-Type": "application/json", "X-Tacit-Session": session }, body: "{}" });
+});
+
+async function main() {
+  $("results").hidden = true;
+  try {
+    const response = await fetch("job");
+    if (response.status === 409) return fail("used");
+    if (!response.ok) throw new Error(String(response.status));
+    job = await response.json();
+  } catch {
+    return fail("gone");
+  }
+  describeJob();
+  draw();
+  if (!hasWasm()) return begin(); // the computer is told why nothing will come
+  $("begin").addEventListener("click", begin);
+  show("start");
+}
+
+main();
