@@ -49,7 +49,8 @@ def measure(
 
     Args:
         target: A run directory, compressed; or a model file, with --inputs.
-        device: local (this machine), ssh:user@host[:port], adb[:serial], browser, micro (microcontrollers: answers,
+        device: local (this machine), local:tflite-runtime (the same, with version 2.14 of that),
+            ssh:user@host[:port], adb[:serial], browser, micro (microcontrollers: answers,
             memory, fit), qemu:aarch64 (answers alone); may be repeated. By default the recipe's.
         mode: quick (about 10 s for two artifacts) or full (a minute).
         again: Measure anew what was measured already.

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Access", "Fleet", "Work", "check_device", "file_of"]
 
 Result = dict[str, Any]
-KINDS = ("local", "ssh:user@host[:port]", "adb[:serial]", "browser", "micro", "qemu:aarch64")
-_HERE = ("local", "micro", "qemu:aarch64")
-_NAME = re.compile(r"local|micro|browser|qemu:aarch64|adb(:.+)?|ssh:.+")
+KINDS = ("local", "local:tflite-runtime", "ssh:user@host[:port]", "adb[:serial]", "browser", "micro", "qemu:aarch64")
+_HERE = ("local", "local:tflite-runtime", "micro", "qemu:aarch64")
+_NAME = re.compile(r"local(:tflite-runtime)?|micro|browser|qemu:aarch64|adb(:.+)?|ssh:.+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,10 +285,11 @@ class Fleet:
         )
 
     def _opened(self, name: str) -> AbstractContextManager[Device]:
-        if name == "local":
+        if name in ("local", "local:tflite-runtime"):
             from tacit.devices.local import LocalDevice
+            from tacit.devices.tflite_runtime import environment_python
 
-            return LocalDevice()
+            return LocalDevice(name, python=None if name == "local" else environment_python())
         if name.startswith("ssh:"):
             from tacit.devices.ssh import SshDevice
 

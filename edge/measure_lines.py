@@ -37,7 +37,10 @@ def result_lines(name: str, result: Mapping[str, Any], *, alone: bool) -> list[s
     lines += _extra_lines(artifacts)
     if result.get("lost") and artifacts:
         lines.append(wrapped(f"{name} was lost, what is above was measured before: {result['lost']}"))
-    lines += [wrapped(f"{names}: not measured: {reason}") for names, reason in _grouped(result["failed"])]
+    wrong = {variant: reason for variant, reason in result["failed"].items() if variant in artifacts}
+    lines += [wrapped(f"{names}: wrong on {name}: {reason}") for names, reason in _grouped(wrong)]
+    absent = {variant: reason for variant, reason in result["failed"].items() if variant not in wrong}
+    lines += [wrapped(f"{names}: not measured: {reason}") for names, reason in _grouped(absent)]
     lines += [wrapped(f"changed: {words}") for words in result.get("changes") or []]
     lines += _fit_lines(result.get("fit") or [])
     if not artifacts and not result["failed"]:

@@ -6,6 +6,7 @@ import itertools
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["measure_file", "measure_run"]
 
 _INPUTS, _EVALUATED = 64, 500
+_SLACK = 0.02  # of accuracy, beyond the interval: a device sees a part of the test split
 _NOTHING = "no artifact that it can hold"
 
 
@@ -145,6 +147,8 @@ def _taken(device: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
         return [a for a in artifacts if a.path.suffix in (".onnx", ".tflite") and a.runtime != "micro"]
     # What TFLite Micro takes on a computer says nothing of a microcontroller.
     timed = [artifact for artifact in artifacts if artifact.runtime != "micro"]
+    if device == "local:tflite-runtime":
+        return [replace(artifact, runtime="tflite-runtime") for artifact in timed if artifact.path.suffix == ".tflite"]
     suffixes = {"adb": (".tflite",), "browser": (".onnx", ".tflite")}.get(device.partition(":")[0])
     return timed if suffixes is None else [artifact for artifact in timed if artifact.path.suffix in suffixes]
 
@@ -217,6 +221,7 @@ class _Measurement:
         """An incomplete result stands beside what was known, a complete one in its place."""
         if not result["complete"]:
             result = joined(self._held[name], result)
+        result = {**result, **_judged(self._folder, result)}
         self._latest[name] = {**result, "input_source": self._work.input_source}
         reach("measure.before_write")
         self._folder.write_json(self._latest[name], "measure", file_of(name))
@@ -230,6 +235,25 @@ class _Measurement:
         changes += _noted({**result, "artifacts": new}, self._folder.recipe.task.name, self._progress)
         result["changes"] = [line for line in changes if line.partition(": ")[0] in result["artifacts"]]
         self._folder.write_json(result, "measure", file_of(name))
+
+
+def _judged(folder: RunFolder, result: Result) -> Result:
+    """Artifacts that are right much less often on a device than where they were judged, flagged and failed.
+
+    A runtime may run a file and compute something else: tflite-runtime 2.14 so runs some dynamic-range int8.
+    """
+    entries, failed = dict(result["artifacts"]), dict(result["failed"])
+    for name, entry in entries.items():
+        found = (entry.get("accuracy") or {}).get("top1")
+        variant = folder.read_json("variants", name, "variant.json") or {}
+        here = variant.get("accuracy")
+        if found and isinstance(here, float) and found["high"] + _SLACK < here:
+            entries[name] = {**entry, "flags": list(dict.fromkeys([*(entry.get("flags") or []), "departs"]))}
+            failed[name] = (
+                f"expected about {100 * here:.1f} % right, as where it was judged, got {100 * found['estimate']:.1f} % "
+                "there; do not ship it to this device"
+            )
+    return {"artifacts": entries, "failed": failed}
 
 
 def _read_inputs(path: Path) -> npt.NDArray[Any]:

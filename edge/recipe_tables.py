@@ -21,7 +21,7 @@ Width = Annotated[int, Field(ge=1, le=4096)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=16)]
 PassTable = dict[str, str | int | float | bool]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-DeviceName = Annotated[str, Field(pattern=r"^(local|micro|browser|qemu:aarch64|adb(:\S+)?|ssh:\S+)$")]
+DeviceName = Annotated[str, Field(pattern=r"^(local(:tflite-runtime)?|micro|browser|qemu:aarch64|adb(:\S+)?|ssh:\S+)$")]
 Importable = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Activation = Literal["relu", "relu6", "leaky-relu", "tanh", "sigmoid", "gelu"]
 Families = Literal[

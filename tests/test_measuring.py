@@ -494,3 +494,21 @@ def test_accuracy_on_the_device_and_energy_and_heat_are_printed(monkeypatch):
     assert "94%" in text
     assert "a: median after 9 s under load: +25.0%, 40 to 71 °C, throttled" in text
     assert "a: energy of one inference 10 µJ (9 to 11), RAPL" in text
+
+
+def test_an_artifact_that_a_device_computes_otherwise_is_flagged_and_failed(tmp_path):
+    """As tflite-runtime 2.14 computes some dynamic-range int8: 9.7 % right, of 94.7 %, and no error."""
+    folder = SimpleNamespace(read_json=lambda *parts: {"accuracy": 0.947} if parts[0] == "variants" else None)
+
+    def entry(estimate, high):
+        return {"flags": ["noisy"], "accuracy": {"top1": {"estimate": estimate, "low": 0.05, "high": high}}}
+
+    artifacts = {"wrong": entry(0.097, 0.132), "right": entry(0.944, 0.964), "untold": {"flags": [], "accuracy": None}}
+    found = measuring._judged(folder, {"artifacts": artifacts, "failed": {}})
+    assert list(found["failed"]) == ["wrong"]
+    assert "got 9.7 % there" in found["failed"]["wrong"]
+    assert found["artifacts"]["wrong"]["flags"] == ["noisy", "departs"]
+    assert found["artifacts"]["right"] == artifacts["right"]
+    assert found["artifacts"]["untold"] == artifacts["untold"]
+    lines = measure_lines.result_lines("adb", {**found, "mode": "quick"}, alone=True)
+    assert "wrong: wrong on adb: expected about 94.7 %" in " ".join(" ".join(lines).split())
