@@ -43,6 +43,7 @@ _CODES = {
     "ChainDamaged": 6,
     "FileDamaged": 6,
     "ArtifactRefused": 6,
+    "RequestRefused": 6,
     "FormRefused": 6,
     "Departure": 6,
     "ModuleNotFoundError": 7,

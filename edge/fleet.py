@@ -85,7 +85,7 @@ class Work:
     input_source: str | None = None
 
 
-class _Stopped(Exception):
+class _Stopped(KeyboardInterrupt):
     """Nobody waits for this device any more."""
 
 

@@ -56,7 +56,9 @@ def first_error(
     got = first["input"]
     shown = json.dumps(got) if isinstance(got, (str, int, bool, list, dict)) else str(got)
     asked = first["msg"][:1].lower() + first["msg"][1:]
-    return RecipeInvalid(f"{key} = {shown}: {asked.replace('input should be', 'expected')}", where)
+    return RecipeInvalid(
+        f"{key} = {shown}: {asked.removeprefix('value error, ').replace('input should be', 'expected')}", where
+    )
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str | int]) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = ["FailuresTable", "FederatedTable", "ModelTable", "PrivacyTable", "Recipe", "TaskTable", "VariantTable"]
 
@@ -21,7 +21,6 @@ Width = Annotated[int, Field(ge=1, le=4096)]
 Widths = Annotated[list[Width], Field(min_length=1, max_length=16)]
 PassTable = dict[str, str | int | float | bool]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-DeviceName = Annotated[str, Field(pattern=r"^(local(:tflite-runtime)?|micro|browser|qemu:aarch64|adb(:\S+)?|ssh:\S+)$")]
 Importable = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Activation = Literal["relu", "relu6", "leaky-relu", "tanh", "sigmoid", "gelu"]
 Families = Literal[
@@ -183,6 +182,15 @@ class CompressionTable(_Table):
     """What is made of the trained model."""
 
     variants: list[VariantTable] = []
+
+
+def _device(name: str) -> str:
+    from tacit.edge.fleet import check_device
+
+    return check_device(name)
+
+
+DeviceName = Annotated[str, AfterValidator(_device)]
 
 
 class DevicesTable(_Table):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacit.edge import cli, cli_stages
+from tacit.edge import cli, cli_output
 from tacit.federated.accounting import Event, epsilon_pld
 from tacit.federated.ledger import Granted, Ledger, Reservation
 from tacit.federated.outbox import Outbox
@@ -271,7 +271,7 @@ def test_an_error_about_a_name_that_the_terminal_cannot_show_is_still_one_line(t
 def test_a_table_drops_columns_from_the_right_and_never_breaks_a_line(rows, columns):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(columns))
-        lines = cli_stages._table(rows, words_from=3)
+        lines = cli_output.table(rows, words_from=3)
     name_width = max(len(row[0]) for row in rows)
     assert max(map(len, lines)) <= max(columns, name_width)
     assert [line.startswith(row[0].rstrip()) for line, row in zip(lines, rows, strict=True)] == [True] * len(rows)

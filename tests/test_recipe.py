@@ -205,7 +205,7 @@ def test_an_unknown_key_is_refused_with_its_line_and_a_suggestion(write, text, w
         ("[task]\nname = 3\n", "task.name = 3: expected a valid string"),
         ("[model]\nchannels = [16, 'a']\n", 'model.channels[1] = "a": expected a valid integer'),
         ("[privacy]\nunit = 'owner'\n", "privacy.unit = \"owner\": expected 'record', 'client', 'local' or 'none'"),
-        ("[devices]\nnames = ['lcal']\n", "devices.names[0] = \"lcal\": expected 'local'"),
+        ("[devices]\nnames = ['lcal']\n", 'devices.names[0] = "lcal": expected a device (local,'),
     ],
 )
 def test_a_value_of_another_type_is_refused_with_its_line(write, text, shown):

@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -187,7 +188,7 @@ def test_several_devices_work_at_once(server, base):
 def test_folders_and_pythons_with_awkward_names_are_words_and_not_commands(server, tmp_path):
     folder = tmp_path / 'it\'s $(touch gone); `touch gone` & "more" ü'
     folder.mkdir()
-    python = script(folder / "my python", f'exec {sys.executable} "$@"\n')
+    python = script(folder / "my python", f'exec {shlex.quote(sys.executable)} "$@"\n')
     with open_device(server, folder, python=python) as device:
         assert device.facts()["cores"] >= 1
     assert [path.name for path in folder.iterdir()] == ["my python"]
