@@ -30,7 +30,7 @@ def measure(
     target: Path | None = None,
     /,
     *,
-    device: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    device: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     mode: Literal["quick", "full"] | None = None,
     again: Annotated[bool, Parameter(negative="")] = False,
     inputs: Path | None = None,
@@ -43,15 +43,15 @@ def measure(
     regardless: Annotated[bool, Parameter(negative="")] = False,
     host: str | None = None,
     port: int = 0,
-    compare: tuple[Path, Path] | None = None,
+    compare: Annotated[tuple[Path, Path] | None, Parameter(negative="")] = None,
 ) -> Outcome:
     """Measure latency and memory of artifacts on devices; or see what fits, or compare two results.
 
     Args:
         target: A run directory, compressed; or a model file, with --inputs.
-        device: local (this machine), local:tflite-runtime (the same, with version 2.14 of that),
-            ssh:user@host[:port], adb[:serial], browser, micro (microcontrollers: answers,
-            memory, fit), qemu:aarch64 (answers alone); may be repeated. By default the recipe's.
+        device: local (this machine), local:tflite-runtime (the same, with version 2.14 of that), micro
+            (microcontrollers: answers, memory, fit), qemu:aarch64 (answers alone), ssh:user@host[:port],
+            adb[:serial], browser; may be repeated. By default the recipe's.
         mode: quick (about 10 s for two artifacts) or full (a minute).
         again: Measure anew what was measured already.
         inputs: A .npy file (n, *shape) of real inputs as the model file takes them.
