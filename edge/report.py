@@ -80,6 +80,8 @@ _FLAGS: Final = {
     "steal": "other virtual machines took more than 2\u00a0% of the processor's time",
     "contended": "other programs had the processor for more than 2\u00a0% of the time that it was wanted",
     "throttled": "the device slowed itself down: it says so, or its clock fell, or it became slower as it grew hotter",
+    "incomplete": "the page was closed before all runs were made",
+    "slowed": "a browser became more than 10\u00a0% slower in a sustained run",
     "departs": "it is right much less often there than where it was judged: the device computes something else",
     "governor": "the clock may change while we measure: its governor is not \u201cperformance\u201d",
 }

@@ -517,7 +517,12 @@ def test_flags_stand_with_the_latency_and_are_explained_below_the_table(tmp_path
 
 def test_the_report_explains_exactly_the_flags_that_a_measurement_can_carry() -> None:
     described = protocol.Latency.__doc__ or ""
-    assert set(re.findall(r"``([\w-]+)`` \(", described)) == set(report._FLAGS)
+    in_a_browser, elsewhere = {"incomplete", "slowed"}, {"departs"}
+    told = set(re.findall(r"``([\w-]+)`` \(", described)) | in_a_browser | elsewhere
+    assert told == set(report._FLAGS)
+    browser = (Path(protocol.__file__).with_name("browser.py")).read_text(encoding="utf-8")
+    assert all(f'"{flag}"' in browser for flag in in_a_browser)
+    assert '"departs"' in (Path(report.__file__).with_name("measuring.py")).read_text(encoding="utf-8")
 
 
 def test_flags_that_nothing_carries_are_not_explained(demo: _Page, tmp_path: Path) -> None:
