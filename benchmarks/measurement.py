@@ -1,6 +1,6 @@
 """Latencies beside those of the runtimes' own loops, what the loop itself costs, and whether a ratio comes out again.
 
-Usage: python benchmarks/measurement.py [--quick] [--json FILE].
+Usage: python benchmarks/measurement.py [--quick] [--cases litert ...] [--json FILE].
 
 The artifacts are those of a CNN whose inference takes more than two milliseconds. Peers: LiteRT's `litert-benchmark`
 (from its wheel; it rounds to 10 us, and copies neither inputs nor outputs) and a plain loop of ONNX Runtime's `run`.
@@ -43,6 +43,7 @@ for run in range(int(sys.argv[3])):
     took.append(time.perf_counter() - start)
 print(1000 * float(np.median(took[len(took) // 10 :])))
 """
+CASES = ("overhead", "litert", "onnxruntime", "repeatability-tflite", "repeatability-onnx")
 
 
 def make_artifacts(folder: Path) -> dict[str, Path]:
@@ -163,10 +164,22 @@ def repeatability(paths: list[Path], inputs: np.ndarray, times: int) -> dict[str
     return {"tacit": agree, "peers": {}, "unit": f"of {times} agree", "ratio": {}, **about}
 
 
+def _case(name: str, paths: dict[str, Path], inputs: np.ndarray, repetitions: int) -> dict[str, Any]:
+    if name == "overhead":
+        return {"tacit": overhead_us(), "peers": {}, "unit": "us per inference", "ratio": {}}
+    if name == "litert":
+        return beside(litert_benchmark_ms, paths["float32.tflite"], inputs, repetitions)
+    if name == "onnxruntime":
+        return beside(plain_loop_ms, paths["float32.onnx"], inputs, repetitions)
+    target = name.rpartition("-")[2]
+    return repeatability([paths[f"{form}.{target}"] for form in ("float32", "static_int8")], inputs, repetitions)
+
+
 def main() -> None:
     """Measures, prints a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two repetitions")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     repetitions = 2 if options.quick else 5
@@ -174,12 +187,8 @@ def main() -> None:
     cases: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = make_artifacts(Path(folder))
-        cases["overhead"] = {"tacit": overhead_us(), "peers": {}, "unit": "us per inference", "ratio": {}}
-        cases["litert"] = beside(litert_benchmark_ms, paths["float32.tflite"], inputs, repetitions)
-        cases["onnxruntime"] = beside(plain_loop_ms, paths["float32.onnx"], inputs, repetitions)
-        for target in ("tflite", "onnx"):
-            pair = [paths[f"{form}.{target}"] for form in ("float32", "static_int8")]
-            cases[f"repeatability-{target}"] = repeatability(pair, inputs, repetitions)
+        for name in options.cases:
+            cases[name] = _case(name, paths, inputs, repetitions)
     for name, case in cases.items():
         about = [f"{100 * (ratio - 1):+.1f} %" for ratio in case.get("ratios", [])]
         about += [f"{m['estimate']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in case.get("measurements", [])]
