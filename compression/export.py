@@ -17,7 +17,7 @@ from tacit.compression.departure import Departure, Values, first_departure
 from tacit.compression.export_onnx import check_examples, count_outputs
 from tacit.compression.forms import FORMS, Calibration, Label, Source
 from tacit.compression.material import Answers
-from tacit.compression.parity import LAYER_TOLERANCE, Parity, compare
+from tacit.compression.parity import THRESHOLDS, Parity, compare
 from tacit.compression.targets import TARGETS, Format, check_form, label_of, target_of
 from tacit.devices.runtime import open_artifact
 
@@ -99,7 +99,7 @@ class Exported:
             part_of_it = Exported(path=written, target=self.target, form=self.form, outputs=1)
             return part_of_it.run(few)[0]
 
-        departed = first_departure(model, few, answer, tolerance=LAYER_TOLERANCE[self.label])
+        departed = first_departure(model, few, answer, tolerance=THRESHOLDS[self.label].layer)
         if departed is None:
             return "no single layer departs; leave the form to a model that it suits"
         name, share = departed

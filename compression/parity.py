@@ -17,64 +17,40 @@ from tacit.compression.material import Answers
 
 Outputs = npt.NDArray[np.float32]
 
-# Least top-1 agreement of an artifact with its own PyTorch model, by honest label.
-MINIMUM_AGREEMENT: Mapping[str, float] = MappingProxyType(
-    {
-        "float32": 0.999,
-        "float16": 0.995,
-        "dynamic-range int8": 0.98,
-        "weight-only int8": 0.98,
-        "weight-only int4": 0.9,
-        "static int8 (float I/O)": 0.98,
-        "static int8 (integer I/O)": 0.98,
-        "full-integer int8": 0.98,
-        "static int16 activations, int8 weights (float I/O)": 0.98,
-    }
-)
-# Of values: largest difference, over the spread of the model's own outputs, and least cosine.
-MOST_DIFFERENCE: Mapping[str, float] = MappingProxyType(
-    {  # static clips what is out of range
-        "float32": 1e-3,
-        "float16": 2e-2,
-        "dynamic-range int8": 0.25,
-        "weight-only int8": 0.25,
-        "weight-only int4": 2.0,
-        "static int8 (float I/O)": 1.0,
-        "static int8 (integer I/O)": 1.0,
-        "full-integer int8": 1.0,
-        "static int16 activations, int8 weights (float I/O)": 1.0,
-    }
-)
-MINIMUM_COSINE: Mapping[str, float] = MappingProxyType(
-    {
-        "float32": 0.9999,
-        "float16": 0.999,
-        "dynamic-range int8": 0.98,
-        "weight-only int8": 0.98,
-        "weight-only int4": 0.9,
-        "static int8 (float I/O)": 0.98,
-        "static int8 (integer I/O)": 0.98,
-        "full-integer int8": 0.98,
-        "static int16 activations, int8 weights (float I/O)": 0.98,
-    }
-)
+
+@dataclass(frozen=True)
+class Threshold:
+    """What an artifact must reach against its own PyTorch model, and when a layer is to blame.
+
+    Attributes:
+        agreement: Least top-1 agreement.
+        cosine: Of values: least cosine.
+        difference: Of values: largest difference, over the spread of the model's own outputs.
+        layer: By how much of its norm a layer may differ before it counts as the one to blame.
+    """
+
+    agreement: float
+    cosine: float
+    difference: float
+    layer: float
 
 
+_STATIC = Threshold(0.98, 0.98, 1.0, 0.2)  # clips what is out of range
+# By honest label.
+THRESHOLDS: Mapping[str, Threshold] = MappingProxyType(
+    {
+        "float32": Threshold(0.999, 0.9999, 1e-3, 1e-3),
+        "float16": Threshold(0.995, 0.999, 2e-2, 1e-2),
+        "dynamic-range int8": Threshold(0.98, 0.98, 0.25, 0.1),
+        "weight-only int8": Threshold(0.98, 0.98, 0.25, 0.1),
+        "weight-only int4": Threshold(0.9, 0.9, 2.0, 0.4),
+        "static int8 (float I/O)": _STATIC,
+        "static int8 (integer I/O)": _STATIC,
+        "full-integer int8": _STATIC,
+        "static int16 activations, int8 weights (float I/O)": Threshold(0.98, 0.98, 1.0, 0.1),
+    }
+)
 _TIE = 0.1  # of the spread of a model's logits: nearer than that, it does not tell two classes apart
-# By how much of its norm a layer may differ before it counts as the one to blame.
-LAYER_TOLERANCE: Mapping[str, float] = MappingProxyType(
-    {
-        "float32": 1e-3,
-        "float16": 1e-2,
-        "dynamic-range int8": 0.1,
-        "weight-only int8": 0.1,
-        "weight-only int4": 0.4,
-        "static int8 (float I/O)": 0.2,
-        "static int8 (integer I/O)": 0.2,
-        "full-integer int8": 0.2,
-        "static int16 activations, int8 weights (float I/O)": 0.1,
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +86,7 @@ class Parity:
         """Tell whether the agreement suffices for an artifact of this label, and every output is finite.
 
         Raises:
-            ValueError: If the label is not one of `MINIMUM_AGREEMENT`.
+            ValueError: If the label is not one of `THRESHOLDS`.
 
         Example:
             >>> parity = Parity(top1_agreement=0.99, max_abs=0.5, cosine=1.0)
@@ -119,16 +95,17 @@ class Parity:
             >>> Parity(top1_agreement=None, max_abs=0.5, cosine=0.999, spread=4.0).passes("dynamic-range int8")
             True
         """
-        if label not in MINIMUM_AGREEMENT:
-            raise ValueError(f"expected a label of {sorted(MINIMUM_AGREEMENT)}, got label={label!r}; use label_of")
+        if label not in THRESHOLDS:
+            raise ValueError(f"expected a label of {sorted(THRESHOLDS)}, got label={label!r}; use label_of")
         if not math.isfinite(self.max_abs):
             return False
+        threshold = THRESHOLDS[label]
         if self.top1_agreement is not None:
             exact = label.startswith("float") or self.clear_agreement is None
             agreement = self.top1_agreement if exact else max(self.top1_agreement, self.clear_agreement or 0.0)
-            return agreement >= MINIMUM_AGREEMENT[label] - self._by_chance(MINIMUM_AGREEMENT[label])
-        near = self.max_abs <= MOST_DIFFERENCE[label] * (self.spread or 0.0)
-        return near and self.cosine >= MINIMUM_COSINE[label]
+            return agreement >= threshold.agreement - self._by_chance(threshold.agreement)
+        near = self.max_abs <= threshold.difference * (self.spread or 0.0)
+        return near and self.cosine >= threshold.cosine
 
 
 def edge_inputs(inputs: Outputs) -> Outputs:

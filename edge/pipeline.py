@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tacit.devices.answers import DeviceUnreachable
+from tacit.devices.answers import DeviceFull, DeviceUnreachable
 from tacit.devices.durable import FileDamaged
 from tacit.devices.failpoint import reach
 from tacit.edge.progress import Progress, Silent
@@ -282,7 +282,7 @@ def _measure(folder: RunFolder, devices: Sequence[str], progress: Progress) -> N
 
     try:
         measure_run(folder, devices, progress)
-    except (DeviceUnreachable, ModuleNotFoundError) as error:
+    except (DeviceUnreachable, DeviceFull, ModuleNotFoundError) as error:
         progress.note(f"not measured: {error}")
 
 

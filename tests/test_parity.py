@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from tacit.compression.parity import MINIMUM_AGREEMENT, MOST_DIFFERENCE, check_parity, compare
+from tacit.compression.parity import THRESHOLDS, check_parity, compare
 
 LOGITS = np.array([[3.0, 1.0], [0.0, 2.0], [1.0, 0.5], [4.0, 5.0]], dtype=np.float32)
 
@@ -28,7 +28,7 @@ def test_equal_logits_are_in_perfect_parity():
     parity = compare(LOGITS, LOGITS.copy())
     assert (parity.top1_agreement, parity.max_abs) == (1.0, 0.0)
     assert parity.cosine == pytest.approx(1.0)
-    assert all(parity.passes(label) for label in MINIMUM_AGREEMENT)
+    assert all(parity.passes(label) for label in THRESHOLDS)
 
 
 def test_one_changed_answer_of_four_is_three_quarters():
@@ -48,7 +48,7 @@ def test_a_value_that_is_not_finite_fails_even_among_many_right_answers(value):
     assert parity.max_abs == math.inf
     assert parity.top1_agreement == 1.0 - 1 / 4000
     assert parity.cosine == pytest.approx(1.0 - 2 / 4000)
-    assert not any(parity.passes(label) for label in MINIMUM_AGREEMENT)
+    assert not any(parity.passes(label) for label in THRESHOLDS)
 
 
 @settings(max_examples=50, deadline=None)
@@ -100,7 +100,7 @@ def test_equal_values_are_in_perfect_parity_whatever_their_shape():
         parity = compare(reference, reference.copy(), answers="values")
         assert (parity.top1_agreement, parity.max_abs) == (None, 0.0)
         assert parity.cosine == pytest.approx(1.0)
-        assert all(parity.passes(label) for label in MINIMUM_AGREEMENT)
+        assert all(parity.passes(label) for label in THRESHOLDS)
 
 
 def test_a_difference_of_values_counts_against_the_spread_of_the_model_not_against_their_size():
@@ -108,7 +108,7 @@ def test_a_difference_of_values_counts_against_the_spread_of_the_model_not_again
     shifted = compare(VALUES + 1000, VALUES + np.float32(1003), answers="values")
     assert shifted.spread == pytest.approx(np.std(VALUES))
     assert shifted.cosine < 0.4
-    assert not any(shifted.passes(label) for label in MINIMUM_AGREEMENT)
+    assert not any(shifted.passes(label) for label in THRESHOLDS)
 
 
 def test_the_spread_and_the_cosine_of_values_are_those_of_all_deviations_together():
@@ -125,12 +125,12 @@ def test_the_spread_and_the_cosine_of_values_are_those_of_all_deviations_togethe
     assert parity.max_abs == pytest.approx(np.abs(reference - artifact).max())
 
 
-@pytest.mark.parametrize("label", list(MOST_DIFFERENCE))
+@pytest.mark.parametrize("label", list(THRESHOLDS))
 def test_values_that_are_off_by_more_than_their_labels_share_of_the_spread_fail(label):
     reference = np.tile(VALUES, (500, 1))
     for factor, passes in ((1.1, False), (0.9, True)):
         artifact = reference.copy()
-        artifact[7] += np.float32(factor * MOST_DIFFERENCE[label] * reference.std())
+        artifact[7] += np.float32(factor * THRESHOLDS[label].difference * reference.std())
         assert compare(reference, artifact, answers="values").passes(label) is passes
 
 
@@ -140,7 +140,7 @@ def test_a_value_that_is_not_finite_fails(value):
     artifact[2] = value
     parity = compare(VALUES, artifact, answers="values")
     assert (parity.max_abs, parity.cosine) == (math.inf, -1.0)
-    assert not any(parity.passes(label) for label in MINIMUM_AGREEMENT)
+    assert not any(parity.passes(label) for label in THRESHOLDS)
 
 
 def test_a_model_that_answers_everybody_alike_passes_only_when_met_exactly():
