@@ -1,8 +1,6 @@
 """A phone over adb, on which the user's own ``benchmark_model`` runs TFLite files.
 
-Python is not there to run ``agent.py``: Termux keeps its own away from adb. With Termux and its openssh, a phone is a
-device over SSH like any other, ``ssh:USER@PHONE:8022``, and gives samples and outputs; Termux packages ONNX Runtime for
-its Python, and nobody LiteRT.
+Android has no Python to run ``agent.py``. Where Termux is there, and lets adb in, ``termux.py`` runs its Python.
 """
 
 import contextlib
@@ -11,7 +9,7 @@ import re
 import secrets
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +21,13 @@ from tacit.devices.benchmark_tool import MAX_OUTPUT_BYTES, Turn, elf_abi, refuse
 from tacit.devices.conditions import Conditions, believe_readings, interpret, watch
 from tacit.devices.phone import PROPERTIES, Health, core_clocks, core_mask, fast_cores, phone_facts, read_health
 from tacit.devices.phone_performance import fixed_performance
+from tacit.devices.remote_files import checked_name, packed
 from tacit.devices.sandbox import ArtifactRefused
 
 __all__ = ["AdbDevice", "DeviceUnfit", "ToolRun"]
 
-_REMOTE_NAME = re.compile(r"[a-z0-9]{1,64}(\.[a-z0-9]{1,16})?")
 _FOLDER_PREFIX = "tacit-"
 _LETTERS = string.ascii_lowercase + string.digits
-_MAX_FILE_BYTES = 2 << 30
 _MAX_GOT_BYTES = 64 << 20
 _FAREWELL_S = 5.0
 _MARGIN_S = 30.0  # to start the tool and to load a model on a slow phone
@@ -41,8 +38,8 @@ _READ_FILES = 'for file in {patterns}; do [ -r "$file" ] && echo "$file $(head -
 _RUN = 'echo "tacit-pid $$"; exec "$@"'  # the number stays that of the tool
 _CLOCKS = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq"
 _NO_TOOL = (
-    "expected benchmark_model for a phone over adb, got none; build LiteRT's with the Android NDK and name it, or, for "
-    ".onnx files, pkg install openssh python-numpy python-onnxruntime in Termux and use ssh:USER@PHONE:8022"
+    "expected benchmark_model for a phone over adb, got none; build LiteRT's with the Android NDK and name it, or let "
+    "measure_termux() run .onnx files"
 )
 
 
@@ -111,6 +108,11 @@ class AdbDevice:
     def __enter__(self) -> Self:
         return self
 
+    @property
+    def link(self) -> AdbLink:
+        """The way to the phone, for what runs elsewhere on it."""
+        return self._link
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -124,17 +126,12 @@ class AdbDevice:
     def put(self, path: Path) -> str:
         """Copy a file onto the phone and return the name by which requests refer to it.
 
-        The name is made of the content's SHA-256 and the suffix; nothing else of the path is used.
-
         Raises:
             ArtifactRefused: The file is larger than 2 GiB.
             DeviceFull: The phone did not keep it.
             DeviceUnreachable: The connection was lost.
         """
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ArtifactRefused(f"expected at most {_MAX_FILE_BYTES} bytes, got path={path.name!r}; make it smaller")
-        content = path.read_bytes()
-        remote = hashlib.sha256(content).hexdigest()[:32] + path.suffix.lower()
+        remote, content = packed(path)
         self._link.push(content, self._path(remote))
         return remote
 
@@ -145,11 +142,7 @@ class AdbDevice:
             ArtifactRefused: There is no such file, or it is larger than 64 MiB.
             DeviceUnreachable: The connection was lost.
         """
-        said = self._link.ask(["cat", self._path(remote)], limit_s=5 * _MARGIN_S, most_bytes=2 * _MAX_GOT_BYTES)
-        if said.ended != "exit" or said.returncode != 0 or len(said.stdout) > _MAX_GOT_BYTES:
-            expected = f"expected a plain file of at most {_MAX_GOT_BYTES} bytes on {self.name}"
-            raise ArtifactRefused(f"{expected}, got remote={remote!r}; run it again")
-        return said.stdout
+        return read_file(self._link, ["cat", self._path(remote)], remote)
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer ``{"op": "facts"}``; the other requests of ``agent.py`` need Python on the device.
@@ -161,7 +154,8 @@ class AdbDevice:
         if request.get("op") == "facts":
             return self.facts()
         raise ArtifactRefused(
-            "expected a phone with Python, got adb, which has none; measure_phone() runs benchmark_model on it"
+            "expected a phone with Python, got adb, which has none; measure_phone() runs benchmark_model on it, "
+            "measure_termux() the Python of Termux"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -290,9 +284,21 @@ class AdbDevice:
         return made
 
     def _path(self, remote: str) -> str:
-        if not _REMOTE_NAME.fullmatch(remote):
-            raise ValueError(f"expected a name that put() returned, got remote={remote!r}; put the file first")
-        return f"{self._folder}/{remote}"
+        return f"{self._folder}/{checked_name(remote)}"
+
+
+def read_file(link: AdbLink, command: Sequence[str], remote: str) -> bytes:
+    """Return a file of a phone, of at most 64 MiB, that a command there prints; its name is for the message.
+
+    Raises:
+        ArtifactRefused: There is no such file, or it is larger.
+        DeviceUnreachable: The connection was lost.
+    """
+    said = link.ask(command, limit_s=5 * _MARGIN_S, most_bytes=2 * _MAX_GOT_BYTES)
+    if said.ended != "exit" or said.returncode != 0 or len(said.stdout) > _MAX_GOT_BYTES:
+        expected = f"expected a plain file of at most {_MAX_GOT_BYTES} bytes on {link.name}"
+        raise ArtifactRefused(f"{expected}, got remote={remote!r}; run it again")
+    return said.stdout
 
 
 def _read_tool(path: Path) -> bytes:

@@ -16,12 +16,12 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from tacit.devices.adb_shell import STDERR, STDOUT, Said, Shell
 from tacit.devices.answers import DeviceFull, DeviceUnreachable, printable
 
-__all__ = ["AdbLink", "Said", "choose", "open_link", "parse_target"]
+__all__ = ["AdbLink", "choose", "open_link", "parse_target"]
 
 _TARGET = re.compile(r"adb(?::(?P<serial>[A-Za-z0-9\[][A-Za-z0-9._:%\[\]-]{0,127}))?")
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -29,7 +29,6 @@ _CHUNK_BYTES = 1 << 16  # the most that the sync protocol takes at once
 _MAX_SAID_BYTES = 1 << 16
 _GRACE_S = 20.0
 _LEAST_RATE = 200_000  # bytes a second; a slower transfer is given up
-_STDOUT, _STDERR, _EXIT = 1, 2, 3  # kinds of packets of the second shell protocol
 _WHAT_TO_DO = {
     "unauthorized": "unlock the phone and accept its question about this computer's key",
     "authorizing": "unlock the phone and accept its question about this computer's key",
@@ -37,16 +36,6 @@ _WHAT_TO_DO = {
     "connecting": "wait for it, or plug it in again",
     "no": "give this user the right to use its USB device (udev rules), then `adb kill-server`",  # "no permissions"
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """What a command said, and how that ended: it exited, or had used up its time or its amount of output."""
-
-    ended: Literal["exit", "time", "output"]
-    returncode: int
-    stdout: bytes
-    stderr: bytes
 
 
 def parse_target(text: str) -> str | None:
@@ -161,9 +150,34 @@ class AdbLink:
             DeviceUnreachable: The connection was lost.
         """
         stdout, stderr, deadline_s = bytearray() if heard is None else heard, bytearray(), time.monotonic() + limit_s
-        with self._opened(f"shell,v2,raw:{shlex.join(arguments)}", min(limit_s, _GRACE_S)) as connection:
-            ended, returncode = _listen(connection.conn, {_STDOUT: stdout, _STDERR: stderr}, deadline_s, most_bytes)
+        with self._opened(_shell_service(arguments), min(limit_s, _GRACE_S)) as connection:
+            ended, returncode = Shell(connection).listen({STDOUT: stdout, STDERR: stderr}, deadline_s, most_bytes)
         return Said(ended=ended, returncode=returncode, stdout=bytes(stdout), stderr=bytes(stderr))
+
+    def feed(self, arguments: Sequence[str], content: bytes) -> Said:
+        """Run a command on the phone with this as its input.
+
+        Raises:
+            DeviceUnreachable: The connection was lost.
+        """
+        stdout, stderr = bytearray(), bytearray()
+        deadline_s = time.monotonic() + _GRACE_S + len(content) / _LEAST_RATE
+        with self._opened(_shell_service(arguments), _GRACE_S) as connection:
+            shell = Shell(connection)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reading finds out why
+                shell.write(content, deadline_s)
+                shell.write_end(deadline_s)
+            ended, returncode = shell.listen({STDOUT: stdout, STDERR: stderr}, deadline_s, _MAX_SAID_BYTES)
+        return Said(ended=ended, returncode=returncode, stdout=bytes(stdout), stderr=bytes(stderr))
+
+    def open_shell(self, arguments: Sequence[str]) -> Shell:
+        """Begin a command that goes on until its ``Shell`` is closed.
+
+        Raises:
+            DeviceUnreachable: The connection was lost.
+        """
+        with self.guarded():
+            return Shell(self._connect(_shell_service(arguments), _GRACE_S))
 
     def hear(self, arguments: Sequence[str], *, limit_s: float = _GRACE_S) -> str:
         """What a short command says, as text; its exit status is of no interest.
@@ -206,48 +220,31 @@ class AdbLink:
         return f"expected an answer of {self.name} over adb, got: {got}; plug it in again and go on"
 
     @contextlib.contextmanager
-    def _opened(self, service: str, limit_s: float) -> Iterator[Any]:
+    def guarded(self) -> Iterator[None]:
+        """What breaks a connection here is said as ``DeviceUnreachable``."""
         try:
-            # Not by adbutils' own open_transport, which leaves a socket open for each refusal.
-            with self._client.make_connection(timeout=limit_s) as connection:
-                for request in (f"host:transport:{self.serial}", service):
-                    connection.send_command(request)
-                    connection.check_okay()
-                yield connection
+            yield
         except _breaks() as error:
             if isinstance(error, DeviceUnreachable | DeviceFull):
                 raise
             raise DeviceUnreachable(self.lost(_reason(error))) from error
 
+    @contextlib.contextmanager
+    def _opened(self, service: str, limit_s: float) -> Iterator[Any]:
+        with self.guarded(), self._connect(service, limit_s) as connection:
+            yield connection
 
-def _listen(
-    conn: socket.socket, streams: dict[int, bytearray], deadline_s: float, most_bytes: int
-) -> tuple[Literal["exit", "time", "output"], int]:
-    """Sort what comes into its streams, until the exit status, the time limit or too much of it."""
-    total, held, kind, missing = 0, b"", 0, 0
-    while (left_s := deadline_s - time.monotonic()) > 0:
-        conn.settimeout(left_s)
+    def _connect(self, service: str, limit_s: float) -> Any:
+        # Not by adbutils' own open_transport, which leaves a socket open for each refusal.
+        connection = self._client.make_connection(timeout=limit_s)
         try:
-            chunk = conn.recv(_CHUNK_BYTES)
-        except TimeoutError:
-            break
-        if not chunk:
-            raise EOFError("its end")
-        total, held = total + len(chunk), held + chunk
-        while held:
-            if not missing:
-                if len(held) < 5:
-                    break
-                (kind, missing), held = struct.unpack("<BI", held[:5]), held[5:]
-            taken, held = held[:missing], held[missing:]
-            missing -= len(taken)
-            if kind == _EXIT and taken:
-                return "exit", taken[0]
-            if kind in streams:
-                streams[kind] += taken
-        if total > most_bytes:
-            return "output", -1
-    return "time", -1
+            for request in (f"host:transport:{self.serial}", service):
+                connection.send_command(request)
+                connection.check_okay()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 def _send_all(conn: socket.socket, messages: Sequence[bytes], deadline_s: float) -> None:
@@ -260,6 +257,10 @@ def _send_all(conn: socket.socket, messages: Sequence[bytes], deadline_s: float)
             conn.sendall(message)
         except (BrokenPipeError, ConnectionResetError):
             return  # the reading finds out why
+
+
+def _shell_service(arguments: Sequence[str]) -> str:
+    return f"shell,v2,raw:{shlex.join(arguments)}"
 
 
 def _message(kind: bytes, content: bytes) -> bytes:

@@ -166,7 +166,12 @@ def _moments(answer: dict[str, Any]) -> tuple[Conditions, Conditions, tuple[Read
     if readings is None:
         return before, after, ({}, {})
     first, last = readings
-    return {**before, **interpret(first)}, {**after, **interpret(last)}, (first, last)
+    return _with(interpret(first), before), _with(interpret(last), after), (first, last)
+
+
+def _with(read: Conditions, told: Conditions) -> Conditions:
+    """What files hold, and a device's own words where it has some."""
+    return {**read, **{name: value for name, value in told.items() if value is not None or name not in read}}
 
 
 def _readings(answer: dict[str, Any], count: int) -> list[Readings] | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tacit.devices.adb_link import Said
+from tacit.devices.adb_shell import Said
 from tacit.devices.answers import printable
 from tacit.devices.sandbox import ArtifactCrashed, ArtifactRefused, ArtifactTimeout
 from tacit.devices.side_answers import Operator

@@ -30,7 +30,8 @@ class Latency:
     runs, so the tail is flatter than a user would see), ``steal`` (a hypervisor took more than 2 % of the time),
     ``contended`` (other programs had the processor for more than 2 % of the time that it was wanted),
     ``throttled`` (the device slowed itself down: it says so, its clock fell by a tenth, or a sustained run became
-    slower by a tenth while it grew hotter), ``governor`` (the clock may change: its governor is not "performance").
+    slower by a tenth while it grew hotter), ``governor`` (the clock may change: its governor is not "performance",
+    and it is no phone that holds its clocks).
     """
 
     p50_us: float | None
@@ -88,7 +89,8 @@ def judge(
         "steal": (steal_share or 0) > _STEAL_SHARE,
         "contended": (waiting_share or 0) > _WAITING_SHARE,
         "throttled": is_throttled(before, after),
-        "governor": after.get("governor", before.get("governor")) not in (None, "performance"),
+        "governor": after.get("governor", before.get("governor")) not in (None, "performance")
+        and not after.get("fixed_performance"),
     }
     return Latency(
         **estimates,

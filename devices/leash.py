@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 LEASH_VERSION = 1
-FOLDER_PREFIX = "tacit-ssh-"
+FOLDER_PREFIX = "tacit-agent-"
 _FOLDER = re.compile(re.escape(FOLDER_PREFIX) + "[A-Za-z0-9]{10}")
 _SILENCE_S = 300
 _UNLOCKED_S = 3600  # a folder this old without a lock is nobody's who is just about to make one

@@ -1,8 +1,6 @@
 """The device that is always there: this computer, with model files kept in a sandbox."""
 
-import hashlib
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -14,9 +12,8 @@ from typing import Any, Self
 
 from tacit.devices import agent
 from tacit.devices.answers import read_answer
+from tacit.devices.remote_files import checked_name, packed
 from tacit.devices.sandbox import ArtifactRefused, Completed, Limits, run_limited
-
-_REMOTE_NAME = re.compile(r"[a-z0-9]{1,64}(\.[a-z0-9]{1,16})?")
 
 
 class LocalDevice:
@@ -53,12 +50,8 @@ class LocalDevice:
         self._remove()
 
     def put(self, path: Path) -> str:
-        """Copy a file onto the device and return the name by which requests refer to it.
-
-        The name is made of the content's SHA-256 and the suffix; nothing else of the path is used.
-        """
-        content = path.read_bytes()
-        remote = hashlib.sha256(content).hexdigest()[:32] + path.suffix.lower()
+        """Copy a file onto the device and return the name by which requests refer to it; ``packed`` says more."""
+        remote, content = packed(path)
         self._local(remote).write_bytes(content)
         return remote
 
@@ -111,6 +104,4 @@ class LocalDevice:
         return read_answer(completed.stdout, completed.stderr, returncode=completed.returncode)
 
     def _local(self, remote: str) -> Path:
-        if not _REMOTE_NAME.fullmatch(remote):
-            raise ValueError(f"expected a name that put() returned, got remote={remote!r}; put the file first")
-        return self._folder / remote
+        return self._folder / checked_name(remote)

@@ -65,6 +65,7 @@ def summary_entry(rounds: Sequence[Round], before: Conditions, after: Conditions
         "drift": round(moved, 4),
         "flags": [flag for flag, is_raised in raised.items() if is_raised],
         "runs_per_sample": 1,
+        "input_source": "random",
         "cold": cold,
         "load_us": cold["load_us"]["estimate"] if cold else None,
         "peak_memory_bytes": max(peaks, default=None),

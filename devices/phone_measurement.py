@@ -61,7 +61,7 @@ def measure_phone(
 
     Each artifact is run by 20 processes of the tool ("full": 40), the artifacts in turn and back again, so that a
     drift of the phone meets all alike, on the cores of its fastest clusters, in fixed performance mode where the phone
-    has one. Its inputs are random values that the tool makes.
+    has one. Its inputs are random values that the tool makes; ``input_source`` of each entry says so.
 
     Args:
         device: The phone.
@@ -109,7 +109,6 @@ def measure_phone(
         "schema_version": _SCHEMA_VERSION,
         "device": device.name,
         "mode": mode,
-        "input_source": "synthetic",
         "facts": {**facts, **before},
         "conditions": conditions,
         "artifacts": {name: work.entries[name] for name in names if name in work.entries},

@@ -7,8 +7,6 @@ device, ``leash.py`` runs ``agent.py`` in a private folder and removes it when t
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import re
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -16,15 +14,15 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tacit.devices.answers import DeviceUnreachable
-from tacit.devices.sandbox import ArtifactRefused, Limits
+from tacit.devices.leashed import with_adapters
+from tacit.devices.remote_files import checked_name, packed
+from tacit.devices.sandbox import Limits
 from tacit.devices.ssh_connection import connect, parse_target
 from tacit.devices.ssh_session import Session, open_session
 
 __all__ = ["SshDevice"]
 
 _T = TypeVar("_T")
-_REMOTE_NAME = re.compile(r"[a-z0-9]{1,64}(\.[a-z0-9]{1,16})?")
-_MAX_FILE_BYTES = 2 << 30
 _SETTLE_S = 30.0
 
 
@@ -109,17 +107,12 @@ class SshDevice:
     def put(self, path: Path) -> str:
         """Copy a file onto the device and return the name by which requests refer to it.
 
-        The name is made of the content's SHA-256 and the suffix; nothing else of the path is used.
-
         Raises:
             ArtifactRefused: The file is larger than 2 GiB.
             DeviceUnreachable: The connection was lost.
             DeviceFull: There is no room for it on the device.
         """
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ArtifactRefused(f"expected at most {_MAX_FILE_BYTES} bytes, got path={path.name!r}; make it smaller")
-        content = path.read_bytes()
-        remote = _checked_name(hashlib.sha256(content).hexdigest()[:32] + path.suffix.lower())
+        remote, content = packed(path)
         self._wait(self._open_session().put(remote, content))
         return remote
 
@@ -130,7 +123,7 @@ class SshDevice:
             ArtifactRefused: There is no such file, it is not a plain file, or it is too large.
             DeviceUnreachable: The connection was lost.
         """
-        return self._wait(self._open_session().get(_checked_name(remote), self._limits.file_size_bytes))
+        return self._wait(self._open_session().get(checked_name(remote), self._limits.file_size_bytes))
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request to the agent.
@@ -147,20 +140,13 @@ class SshDevice:
             ModuleNotFoundError: The runtime, or numpy, is not installed there.
             DeviceUnreachable: The connection was lost, or what came over it was no answer.
         """
-        prepared = dict(request)
-        if "model" in prepared:
-            prepared["model"] = self._with_adapter(prepared["model"])
-        if "models" in prepared:
-            prepared["models"] = [self._with_adapter(model) for model in prepared["models"]]
+        prepared = with_adapters(request, self.put)
         limit_s = float(request.get("limit_s", self._limits.wall_s))
         return self._wait(self._open_session().run(prepared, limit_s=limit_s, limits=self._limits))
 
     def facts(self) -> dict[str, Any]:
         """Describe the device, the server's version and key, and how many folders of earlier sessions were removed."""
         return {**self.run({"op": "facts"}), **self._open_session().facts()}
-
-    def _with_adapter(self, model: dict[str, Any]) -> dict[str, Any]:
-        return {**model, "adapter": self.put(Path(model["adapter"]))} if model.get("adapter") else model
 
     def _open_session(self) -> Session:
         if self._session is None:
@@ -187,9 +173,3 @@ async def _settle() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         await asyncio.wait(others, timeout=_SETTLE_S)
-
-
-def _checked_name(remote: str) -> str:
-    if not _REMOTE_NAME.fullmatch(remote):
-        raise ValueError(f"expected a name that put() returned, got remote={remote!r}; put the file first")
-    return remote

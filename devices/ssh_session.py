@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
-import secrets
 import shlex
-import string
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tacit.devices import agent, leash
-from tacit.devices.answers import DeviceFull, DeviceUnreachable, printable, read_answer
-from tacit.devices.sandbox import ArtifactRefused, ArtifactTimeout, Limits
+from tacit.devices.answers import DeviceFull, DeviceUnreachable, printable
+from tacit.devices.leashed import Ended, answer_of, believe_ended, believe_greeting, folder_name, order_of
+from tacit.devices.sandbox import ArtifactRefused, Limits
 from tacit.devices.ssh_shell import (
     CHUNK_BYTES,
     FAREWELL_S,
@@ -42,21 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "open_session"]
 
-_LETTERS = string.ascii_letters + string.digits
 _ADVICE = "pip install numpy onnxruntime ai-edge-litert for that Python on the device"
 _PULSE_S = 30.0
-_MAX_LEFTOVERS = 1_000_000
 _LEAST_RATE = 50_000  # bytes a second; a slower transfer is given up
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Ended:
-    """The leash's line about one run of the agent."""
-
-    how: str
-    returncode: int
-    stderr: str
-    stdout_bytes: int
 
 
 class Session:
@@ -82,34 +67,27 @@ class Session:
 
     async def greet(self) -> None:
         """Read the leash's first line; a shell's own start may have said something before."""
-        heard, greeting = 0, None
+        heard, removed = 0, None
         async with asyncio.timeout(GRACE_S):
-            while not isinstance(greeting, dict) or greeting.get("leash") != leash.LEASH_VERSION:
+            while removed is None:
                 line = await self._line()
                 heard += len(line)
                 if heard > MAX_LINE_BYTES:
                     raise DeviceUnreachable(lost_line(self._name, "far too much said, and nothing that is an answer"))
-                greeting = _json(line)
-        removed = greeting.get("removed")
-        self._removed = removed if type(removed) is int and 0 <= removed < _MAX_LEFTOVERS else 0
+                removed = believe_greeting(line)
+        self._removed = removed
 
     async def run(self, request: dict[str, Any], *, limit_s: float, limits: Limits) -> dict[str, Any]:
         """Have the agent obey a request."""
-        bounds = {"output_bytes": limits.output_bytes, "file_size_bytes": limits.file_size_bytes}
-        order = json.dumps({"request": request, "limit_s": limit_s, **bounds}).encode() + b"\n"
+        order = order_of(request, limit_s=limit_s, limits=limits)
         async with self._turn():
             async with asyncio.timeout(limit_s + GRACE_S + len(order) / _LEAST_RATE):
                 self._process.stdin.write(order)
                 await self._process.stdin.drain()
-                ended = _believe_ended(await self._line(), name=self._name, most_bytes=limits.output_bytes)
+                ended = self._believed(await self._line(), limits)
             async with asyncio.timeout(GRACE_S + ended.stdout_bytes / _LEAST_RATE):
                 stdout = await self._exactly(ended.stdout_bytes)
-        if ended.how == "time":
-            raise ArtifactTimeout(f"the model file kept its runtime busy for more than {limit_s:g} s")
-        if ended.how == "output":
-            raise ArtifactRefused(f"the model file's runtime wrote more than {limits.output_bytes} bytes of output")
-        stderr = ended.stderr.encode("utf-8", errors="replace")
-        return read_answer(stdout, stderr, returncode=ended.returncode, advice=_ADVICE)
+        return answer_of(ended, stdout, limit_s=limit_s, limits=limits, advice=_ADVICE)
 
     async def put(self, remote: str, content: bytes) -> None:
         """Write a file; what could not be written whole is removed again."""
@@ -176,6 +154,12 @@ class Session:
 
     def _path(self, remote: str) -> str:
         return f"{self._folder}/files/{remote}"
+
+    def _believed(self, line: bytes, limits: Limits) -> Ended:
+        try:
+            return believe_ended(line, most_bytes=limits.output_bytes)
+        except DeviceUnreachable as error:
+            raise DeviceUnreachable(lost_line(self._name, str(error))) from None
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -292,7 +276,7 @@ async def _make_folder(sftp: asyncssh.SFTPClient, name: str, folder: str) -> str
     """Make a folder of a name of our own, which must be new, that only its owner may enter."""
     above = "." if folder in {"", "~"} else folder.rstrip("/")
     above = f"./{above.removeprefix('~/')}" if above and not above.startswith("/") else above
-    made = f"{above}/{leash.FOLDER_PREFIX}{''.join(secrets.choice(_LETTERS) for _ in range(10))}"
+    made = f"{above}/{folder_name()}"
     asyncssh = asyncssh_module()
     try:
         async with asyncio.timeout(GRACE_S):
@@ -341,27 +325,3 @@ async def _no_python(
     known = re.search(r"Python [0-9][0-9A-Za-z.+]{0,20}", version)
     said = ": ".join(filter(None, (known and known[0], printable(complaint.rpartition("\n")[2])))) or "no answer"
     return f"expected Python 3.9 or newer as {python!r} on {name}, got: {said}; name another"
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _believe_ended(line: bytes, *, name: str, most_bytes: int) -> _Ended:
-    said = _json(line)
-    said = said if isinstance(said, dict) else {}
-    how, returncode, stderr, count = (said.get(key) for key in ("ended", "returncode", "stderr", "stdout_bytes"))
-    if (
-        how not in {"exit", "time", "output"}
-        or type(returncode) is not int
-        or not isinstance(stderr, str)
-        or type(count) is not int
-        or not 0 <= count <= most_bytes
-    ):
-        raise DeviceUnreachable(
-            lost_line(name, f"a line that is no answer: {printable(line[:80].decode(errors='replace'))}")
-        )
-    return _Ended(how=how, returncode=returncode, stderr=stderr, stdout_bytes=count)

@@ -60,7 +60,8 @@ def measure(
         python: The Python on devices over SSH; it needs numpy and a runtime.
         key: A private key for SSH.
         known_hosts: Host keys that are known; your own file by default.
-        benchmark_model: For adb: TensorFlow Lite's benchmark_model, built for the phone.
+        benchmark_model: For adb: TensorFlow Lite's benchmark_model, built for the phone, for .tflite files.
+            Without it Termux's Python runs .onnx files, where adb may enter it.
         regardless: For adb: though the phone is hot or its battery low.
         host: For browser: the address to serve on; by default this computer's on the network.
         port: For browser: the port; any that is free by default.

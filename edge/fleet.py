@@ -255,18 +255,21 @@ class Fleet:
     def _on_phone(self, name: str) -> Result:
         from tacit.devices.adb import AdbDevice
         from tacit.devices.phone_measurement import measure_phone
+        from tacit.devices.protocol import Extras
+        from tacit.devices.termux import measure_termux
 
-        access = self.access
+        access, work = self.access, self.work
+        named: dict[str, Any] = {
+            "mode": work.mode,
+            "known": {entry["key"]: entry for entry in work.known.get(name, {}).values()},
+            "keep": self._growing(name),
+            "progress": lambda text: self._said(f"{name}: {text}"),
+        }
         with AdbDevice(name, benchmark_model=access.benchmark_model, regardless=access.regardless) as phone:
-            return measure_phone(
-                phone,
-                self.work.artifacts[name],
-                mode=self.work.mode,
-                profile=access.profile,
-                known={entry["key"]: entry for entry in self.work.known.get(name, {}).values()},
-                keep=self._growing(name),
-                progress=lambda text: self._said(f"{name}: {text}"),
-            )
+            if access.benchmark_model is not None:
+                return measure_phone(phone, work.artifacts[name], profile=access.profile, **named)
+            extras = Extras(sustained_s=access.sustained_s, profile=access.profile, evaluation=work.evaluation)
+            return measure_termux(phone, work.artifacts[name], work.inputs, extras=extras, **named)
 
     def _in_browser(self) -> Result:
         from tacit.devices.browser import measure_in_browser

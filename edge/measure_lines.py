@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tacit.edge.cli_output import microseconds, size, table
-from tacit.edge.report_devices import accuracy_there, badge_of, energy
+from tacit.edge.report_devices import INPUT_SOURCES, accuracy_there, badge_of, energy
 
 if TYPE_CHECKING:
     from tacit.devices.comparison import Comparison
@@ -32,8 +32,8 @@ def result_lines(name: str, result: Mapping[str, Any], *, alone: bool) -> list[s
         lines += _parity_lines(artifacts, str(result.get("latency", "")))
     elif artifacts:
         lines += _latency_table(artifacts)
-    if result.get("input_source") == "synthetic":
-        lines.append(wrapped("on synthetic inputs: no public ones were declared"))
+    sources = {entry.get("input_source") for entry in artifacts.values()}
+    lines += [wrapped(words) for source, words in INPUT_SOURCES.items() if source in sources]
     lines += _extra_lines(artifacts)
     if result.get("lost") and artifacts:
         lines.append(wrapped(f"{name} was lost, what is above was measured before: {result['lost']}"))

@@ -12,7 +12,7 @@ from tacit.edge.run_folder import RunFolder
 if TYPE_CHECKING:
     from tacit.devices.protocol import Artifact, Mode
 
-__all__ = ["Result", "fit_is_old", "held_result", "incomplete", "joined", "nothing", "peaks_of", "standing"]
+__all__ = ["Result", "beside", "fit_is_old", "held_result", "incomplete", "joined", "nothing", "peaks_of", "standing"]
 
 Result = dict[str, Any]
 _ABOUT = ("facts", "conditions", "latency", "fit")
@@ -30,15 +30,17 @@ def held_result(folder: RunFolder, device: str, artifacts: Sequence[Artifact]) -
     return {**content, "artifacts": alike}
 
 
-def standing(held: Mapping[str, Any], mode: Mode | None, access: Access) -> Result:
-    """Entries that hold all that is asked for: the mode, where one was named, and what else is to be measured."""
+def standing(held: Mapping[str, Any], mode: Mode | None, access: Access, artifacts: Sequence[Artifact]) -> Result:
+    """Entries of these that hold all that is asked for: the mode, where one was named, and what else is measured."""
+    names = {artifact.name for artifact in artifacts}
+    entries = {name: entry for name, entry in held.get("artifacts", {}).items() if name in names}
     if held.get("mode") == "parity" or not held:
-        return dict(held.get("artifacts", {}))
+        return entries
     wanted = [("sustained", access.sustained_s is not None), ("profile", access.profile)]
     asked = [part for part, is_asked in wanted if is_asked]
     return {
         name: entry
-        for name, entry in held["artifacts"].items()
+        for name, entry in entries.items()
         if _is_of(entry, mode) and all(_was_tried(entry, part) for part in asked)
     }
 
@@ -79,6 +81,23 @@ def joined(held: Mapping[str, Any], result: Result) -> Result:
     kept = {key: held[key] for key in about if key in held}
     failed = {name: reason for name, reason in result["failed"].items() if name not in both}
     return {**result, **kept, "artifacts": both, "failed": failed}
+
+
+def beside(held: Mapping[str, Any], result: Result, asked: Collection[str]) -> Result:
+    """A complete result, with what is known of artifacts that it was not about: a phone has two ways to be measured.
+
+    Example:
+        >>> held = {"conditions": {"benchmark_model": {}}, "artifacts": {"lite": {"n": 1}, "onnx": {"n": 2}}}
+        >>> new = {"conditions": {"onnxruntime": {}}, "artifacts": {"onnx": {"n": 3}}}
+        >>> both = beside(held, new, ["onnx"])
+        >>> both["artifacts"], list(both["conditions"])
+        ({'lite': {'n': 1}, 'onnx': {'n': 3}}, ['benchmark_model', 'onnxruntime'])
+    """
+    others = {name: entry for name, entry in held.get("artifacts", {}).items() if name not in asked}
+    if not others:
+        return result
+    conditions = {**held.get("conditions", {}), **result.get("conditions", {})}
+    return {**result, "conditions": conditions, "artifacts": {**others, **result["artifacts"]}}
 
 
 def nothing(name: str) -> Result:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tacit.devices.failpoint import reach
 from tacit.edge.fleet import Access, Fleet, Work, check_device, file_of
 from tacit.edge.history import History
-from tacit.edge.measured import Result, fit_is_old, held_result, incomplete, joined, nothing, peaks_of, standing
+from tacit.edge.measured import Result, beside, fit_is_old, held_result, incomplete, joined, nothing, peaks_of, standing
 from tacit.edge.progress import Progress
 from tacit.edge.recipe import RecipeInvalid
 from tacit.edge.run_folder import FolderMismatch, RunFolder
@@ -68,9 +68,9 @@ def measure_run(
     artifacts = built_artifacts(folder)
     if not artifacts:
         raise FolderMismatch(f"expected artifacts in {folder.path}, got none; `tacit compress {folder.path}` first")
-    taken = {name: _taken(name, artifacts) for name in names}
-    held = {name: held_result(folder, name, taken[name]) for name in names}
-    known = {name: {} if again else standing(held[name], mode, access) for name in names}
+    taken = {name: _taken(name, artifacts, access) for name in names}
+    held = {name: held_result(folder, name, artifacts) for name in names}
+    known = {name: {} if again else standing(held[name], mode, access, taken[name]) for name in names}
     missing = [name for name in names if set(known[name]) != {artifact.name for artifact in taken[name]}]
     if "micro" in names and taken["micro"] and "micro" not in missing:
         soon = [artifact.name for artifact in taken["local"]] if "local" in missing else []
@@ -138,8 +138,8 @@ def _checked(devices: Sequence[str]) -> list[str]:
         raise RecipeInvalid(str(error), "--device") from None
 
 
-def _taken(device: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
-    """Those that a device can hold."""
+def _taken(device: str, artifacts: Sequence[Artifact], access: Access) -> list[Artifact]:
+    """Those that a device can hold: a phone over adb by the tool that there is, or by Termux, which has no LiteRT."""
     if device == "micro":
         meant = [artifact for artifact in artifacts if artifact.runtime == "micro"]
         return meant or [artifact for artifact in artifacts if artifact.path.suffix == ".tflite"]
@@ -149,7 +149,8 @@ def _taken(device: str, artifacts: Sequence[Artifact]) -> list[Artifact]:
     timed = [artifact for artifact in artifacts if artifact.runtime != "micro"]
     if device == "local:tflite-runtime":
         return [replace(artifact, runtime="tflite-runtime") for artifact in timed if artifact.path.suffix == ".tflite"]
-    suffixes = {"adb": (".tflite",), "browser": (".onnx", ".tflite")}.get(device.partition(":")[0])
+    on_phone = (".onnx",) if access.benchmark_model is None else (".tflite",)
+    suffixes = {"adb": on_phone, "browser": (".onnx", ".tflite")}.get(device.partition(":")[0])
     return timed if suffixes is None else [artifact for artifact in timed if artifact.path.suffix in suffixes]
 
 
@@ -219,10 +220,12 @@ class _Measurement:
 
     def _keep(self, name: str, result: Result) -> None:
         """An incomplete result stands beside what was known, a complete one in its place."""
-        if not result["complete"]:
-            result = joined(self._held[name], result)
-        result = {**result, **_judged(self._folder, result)}
-        self._latest[name] = {**result, "input_source": self._work.input_source}
+        source, held = self._work.input_source, self._held[name]
+        asked = {artifact.name for artifact in self._work.artifacts[name]}
+        entries = {variant: {"input_source": source, **entry} for variant, entry in result["artifacts"].items()}
+        result = {**result, "artifacts": entries}
+        result = beside(held, result, asked) if result["complete"] else joined(held, result)
+        self._latest[name] = {**result, **_judged(self._folder, result)}
         reach("measure.before_write")
         self._folder.write_json(self._latest[name], "measure", file_of(name))
 

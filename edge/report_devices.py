@@ -8,6 +8,7 @@ from tacit.edge.device_charts import PARTS, Entries, cold_limit, curve_of, ratio
 from tacit.edge.wording import duration, finite, percent, plain
 
 __all__ = [
+    "INPUT_SOURCES",
     "Row",
     "accuracy_there",
     "asked_devices",
@@ -25,6 +26,10 @@ _BADGES: Final = {
     "qemu": "emulated: parity only",
     "micro": "kernels on this computer: parity only",
     "browser": "in-browser",
+}
+INPUT_SOURCES: Final = {
+    "synthetic": "on synthetic inputs: no public ones were declared",
+    "random": "on random inputs, which benchmark_model makes itself",
 }
 _MOST_OPERATORS, _MOST_PROFILES, _MOST_NAMES = 10, 24, 6
 Row = dict[str, Any]
@@ -119,11 +124,13 @@ def describe_devices(summary: Mapping[str, Any]) -> list[Row]:
 
 def _describe(summary: Mapping[str, Any], device: str, number: int) -> Row:
     about, entries = mapping_of(mapping_of(summary.get("measured")).get(device)), entries_on(summary, device)
+    sources = [entry.get("input_source") for entry in entries.values()]
     colds = [cold for entry in entries.values() if (cold := mapping_of(entry.get("cold")))]
     view = {
         "name": device,
         "number": number,
         "badge": badge_of(device),
+        "inputs": INPUT_SOURCES["random"] if "random" in sources else None,
         "lost": about.get("lost"),
         "kept": len(entries),
         "changes": texts_of(about.get("changes")),

@@ -100,7 +100,7 @@ def _variants(folder: RunFolder, measured: Mapping[str, Mapping[str, object]]) -
             if isinstance(artifacts, dict) and entry.name in artifacts:
                 kept = answers if content.get("mode") == "parity" else latency
                 told = {key: value for key, value in artifacts[entry.name].items() if key not in _ONLY_ON_DISK}
-                kept[device] = {**told, "input_source": content.get("input_source")}
+                kept[device] = told
         listed.append({**variant, "latency": latency, "answers_on": answers})
     return listed
 

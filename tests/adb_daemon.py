@@ -1,17 +1,20 @@
 """A phone for tests: a device daemon that speaks the ADB transport over TCP, and an adb server of the tests' own.
 
-What the phone is asked in its shell is run by a real ``/bin/sh``, whose ``getprop``, ``dumpsys``, ``cmd`` and
-``taskset`` are scripts of this file; ``taskset`` runs what a test has written into ``tool``, not benchmark_model.
+What the phone is asked in its shell is run by a real ``/bin/sh``, whose ``getprop``, ``dumpsys``, ``cmd``, ``taskset``
+and ``run-as`` are scripts of this file; in the place of benchmark_model ``taskset`` runs what a test has written into
+``tool``. Termux is there once ``install_termux`` has put it there, with this computer's own Python.
 """
 
 import contextlib
 import itertools
 import os
 import queue
+import shlex
 import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +22,18 @@ from pathlib import Path
 
 _VERSION, _MAX_DATA = 0x01000001, 1 << 18
 _FEATURES = "shell_v2,cmd"
-_STDOUT, _STDERR, _EXIT = 1, 2, 3
+_STDOUT, _STDERR, _EXIT, _CLOSE_STDIN = 1, 2, 3, 4
 _SCRIPTS = {
     "getprop": 'cat "$PHONE/props/$1" 2>/dev/null; echo',
     "dumpsys": 'cat "$PHONE/dumpsys/$1"',
     "cmd": 'echo "$*" >> "$PHONE/power.log"; exit "$(cat "$PHONE/power.exit")"',
-    "taskset": 'echo "$*" >> "$PHONE/runs.log"; shift; test -x "$1" || exit 126; exec sh "$PHONE/tool" "$@"',
+    "taskset": """echo "$*" >> "$PHONE/runs.log"
+        test "$1" = -p && exit "$(cat "$PHONE/pin.exit")"
+        shift; test -x "$1" || exit 126; exec sh "$PHONE/tool" "$@\"""",
+    # As AOSP's run-as.cpp: it goes to the app's folder and becomes the command.
+    "run-as": """test -d "$PHONE/apps/$1" || { echo "run-as: unknown package: $1" >&2; exit 1; }
+        test -e "$PHONE/debuggable" || { echo "run-as: package not debuggable: $1" >&2; exit 1; }
+        cd "$PHONE/apps/$1"; shift; exec "$@\"""",
 }
 _PROPS = {
     "ro.product.manufacturer": "Tested",
@@ -88,6 +97,7 @@ class Phone:
         self.write("dumpsys/battery", BATTERY.format(plugged="true", level=84))
         self.write("proc/cpuinfo", "CPU part\t: 0xd05\n" * 4 + "CPU part\t: 0xd0b\n" * 4)
         self.write("power.exit", "0")
+        self.write("pin.exit", "0")
         self.write("tool", TOOL.format(counts=COUNTS))
         for core, khz in enumerate([1800000] * 4 + [2400000] * 3 + [2800000]):
             self.write(f"sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", f"{khz}\n")
@@ -112,6 +122,25 @@ class Phone:
     def data(self) -> Path:
         """What is ``/data/local/tmp`` on others."""
         return self.root / "data"
+
+    def install_termux(self, python: str = sys.executable) -> Path:
+        """Put Termux there, of a kind that adb may enter; returns its home."""
+        self.write("debuggable", "")
+        program = self.termux / "usr" / "bin" / "python3"
+        self.write(str(program.relative_to(self.root)), f'#!/bin/sh\nexec {shlex.quote(python)} "$@"\n')
+        program.chmod(0o755)
+        (self.termux / "home").mkdir(exist_ok=True)
+        return self.termux / "home"
+
+    @property
+    def termux(self) -> Path:
+        return self.root / "apps" / "com.termux" / "files"
+
+    def localized(self, text: str) -> str:
+        """The phone's own paths in a text as what they are here."""
+        for path, here in (("/proc/", "proc"), ("/sys/", "sys"), ("/data/data/", "apps"), ("/data/local/tmp/", "data")):
+            text = text.replace(path, f"{self.root}/{here}/")
+        return text
 
     def modes(self) -> list[str]:
         """The commands about fixed performance mode, in order."""
@@ -259,14 +288,12 @@ class _Connection:
         if phone.unplugged_by is not None and phone.unplugged_by in command:
             phone.unplug()
             return
-        for top in ("proc", "sys"):
-            command = command.replace(f"/{top}/", f"{phone.root}/{top}/")
+        command = phone.localized(command)
         environment = {"PATH": f"{phone.root}/bin:/usr/bin:/bin", "PHONE": str(phone.root)}
         pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment
-        )
+        process = subprocess.Popen(["/bin/sh", "-c", command], stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
         phone.processes.append(process)
+        threading.Thread(target=self._feed, args=(process.stdin, stream), daemon=True).start()
         with process.stdout, process.stderr:
             errors = threading.Thread(target=self._copy, args=(process.stderr, _STDERR, stream), daemon=True)
             errors.start()
@@ -274,6 +301,18 @@ class _Connection:
             errors.join()
         status = process.wait()
         stream.write(struct.pack("<BIB", _EXIT, 1, status if status >= 0 else 128 - status))
+
+    @staticmethod
+    def _feed(sink, stream: _Stream) -> None:
+        """What comes for the command's input, until the end of that or of the stream."""
+        with contextlib.suppress(EOFError, OSError), sink:
+            while True:
+                kind, length = struct.unpack("<BI", stream.read(5))
+                content = stream.read(length)
+                if kind == _CLOSE_STDIN:
+                    return
+                sink.write(content)
+                sink.flush()
 
     def _copy(self, source, kind: int, stream: _Stream) -> None:
         with contextlib.suppress(EOFError):
@@ -291,7 +330,7 @@ class _Connection:
     def _sync(self, stream: _Stream) -> bool:
         """Obey one request about a file; whether another one may follow."""
         kind, length = struct.unpack("<4sI", stream.read(8))
-        path, _, mode = stream.read(length).decode().partition(",")
+        path, _, mode = self._phone.localized(stream.read(length).decode()).partition(",")
         if kind == b"STAT":
             found = Path(path).stat() if Path(path).exists() else None
             stream.write(b"STAT" + struct.pack("<3I", *((found.st_mode, found.st_size, 1) if found else (0, 0, 0))))

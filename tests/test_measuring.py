@@ -412,7 +412,9 @@ ENTRY = {"key": "ab-litert-quick-1", "sha256": "ab", "profile": None, "sustained
 )
 def test_an_entry_stands_if_it_holds_all_that_is_asked_for(entry, mode, access, stands):
     held = {"mode": "quick", "artifacts": {"a": {**ENTRY, **entry}}}
-    assert bool(measured.standing(held, mode, access)) is stands
+    found = measured.standing(held, mode, access, [SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+    assert bool(found) is stands
+    assert measured.standing(held, mode, access, [SimpleNamespace(name="b")]) == {}
 
 
 def test_only_figures_of_the_same_bytes_are_held(tmp_path):

@@ -712,13 +712,13 @@ def test_after_an_error_of_the_caller_nothing_is_left(server, base, tmp_path):
 def test_what_a_dead_session_left_is_removed_and_told_and_nothing_else(server, base):
     abandoned = base / f"{leash.FOLDER_PREFIX}0123456789"
     fresh, old = base / f"{leash.FOLDER_PREFIX}freshfresh", base / f"{leash.FOLDER_PREFIX}oldoldold0"
-    for folder in (abandoned, fresh, old, base / "tacit-ssh-other", base / "tacit-ssh-0123456789x", base / "mine"):
+    for folder in (abandoned, fresh, old, base / "tacit-agent-other", base / "tacit-agent-0123456789x", base / "mine"):
         folder.mkdir()
         (folder / "model.onnx").write_bytes(b"x")
     (abandoned / "lock").touch()
     os.utime(old, (1, 1))
     (base / f"{leash.FOLDER_PREFIX}linklinkli").symlink_to(base / "mine")
-    kept = {fresh.name, "tacit-ssh-other", "tacit-ssh-0123456789x", "mine", f"{leash.FOLDER_PREFIX}linklinkli"}
+    kept = {fresh.name, "tacit-agent-other", "tacit-agent-0123456789x", "mine", f"{leash.FOLDER_PREFIX}linklinkli"}
     if os.getuid() == 0:
         foreign = base / f"{leash.FOLDER_PREFIX}foreignfor"
         foreign.mkdir()

@@ -137,8 +137,8 @@ def test_a_measurement_that_is_damaged_is_refused_and_not_shown_as_none(away, co
     ("mode", "kept", "other"), [("quick", "latency", "answers_on"), ("parity", "answers_on", "latency")]
 )
 def test_answers_of_a_device_without_a_clock_are_no_latency(mode, kept, other):
-    entry = {"p50_us": 1.0, "block_medians_us": [1.0] * 512}
-    content = {"mode": mode, "artifacts": {"a": entry}, "input_source": "test"}
+    entry = {"p50_us": 1.0, "block_medians_us": [1.0] * 512, "input_source": "test"}
+    content = {"mode": mode, "artifacts": {"a": entry}}
     variant = dict.fromkeys(summary._VARIANT_KEYS) | {"name": "a"}
     recipe = SimpleNamespace(compression=SimpleNamespace(variants=[SimpleNamespace(name="a")]))
     folder = SimpleNamespace(recipe=recipe, read_json=lambda *parts: variant)
