@@ -192,7 +192,8 @@ class AdbDevice:
             left_s = deadline_s - time.monotonic()
             if health.thermal_status and len(reasons) == 1 and left_s > 0:
                 say(f"{self.name}: waiting for it to cool down, thermal status {health.thermal_status}")
-                time.sleep(min(_POLL_S, left_s))
+                self._link.interrupted.wait(min(_POLL_S, left_s))
+                self._link.go_on()
                 continue
             what = " and ".join(reasons)
             raise DeviceUnfit(
@@ -243,6 +244,7 @@ class AdbDevice:
             ArtifactRefused: It failed, or wrote too much.
             DeviceUnreachable: The connection was lost.
         """
+        self._link.go_on()
         self.require_tool()
         to = self._path(profile) if profile else None
         command = tool_arguments(str(self._tool_path), self._path(remote), turn, threads=threads, profile=to)

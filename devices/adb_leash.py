@@ -44,6 +44,7 @@ class AdbLeash:
         """
         if self._lost is not None:
             raise DeviceUnreachable(self._lost)
+        self._link.go_on()
         self._lost = self._link.lost("an interrupted request")
         try:
             with self._link.guarded():

@@ -14,7 +14,9 @@ import shlex
 import socket
 import struct
 import subprocess
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -135,6 +137,20 @@ class AdbLink:
         """Take a client of adbutils, which connects to the server."""
         self._client = client
         self.name, self.serial = name, serial
+        self.interrupted = threading.Event()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def interrupt(self) -> None:
+        """Break off what is under way, from another thread; the phone may then be tidied up."""
+        self.interrupted.set()
+        for connection in list(self._connections):
+            with contextlib.suppress(*_breaks()):
+                connection.conn.shutdown(socket.SHUT_RDWR)
+
+    def go_on(self) -> None:
+        """Raise DeviceUnreachable where this was interrupted: before work, and not before tidying up."""
+        if self.interrupted.is_set():
+            raise DeviceUnreachable(self.lost("an interruption"))
 
     def ask(
         self,
@@ -237,6 +253,7 @@ class AdbLink:
     def _connect(self, service: str, limit_s: float) -> Any:
         # Not by adbutils' own open_transport, which leaves a socket open for each refusal.
         connection = self._client.make_connection(timeout=limit_s)
+        self._connections.add(connection)
         try:
             for request in (f"host:transport:{self.serial}", service):
                 connection.send_command(request)

@@ -75,6 +75,7 @@ class Sustained:
     start: Conditions  # of the first bucket with runs
     conditions: list[Conditions]
     energy_uj: list[float | None]
+    asked_s: float
 
 
 def put_inputs(device: Device, inputs: Sequence[Values]) -> tuple[str, ...]:
@@ -195,6 +196,7 @@ def sustain(session: Session, placed: Placed, seconds: float) -> Sustained:
         start=interpret(found[first]),
         conditions=[interpret(row) for row in found[1:]],
         energy_uj=[energy_uj(early, late) for early, late in itertools.pairwise(found)],
+        asked_s=seconds,
     )
 
 

@@ -34,6 +34,7 @@ LABEL = "in-browser"
 Values = npt.NDArray[Any]
 _SILENCE_S = 90.0  # a page in a phone that sleeps is heard every minute
 _SLOWED = 0.10
+_LOOK_S = 0.25
 _UNKNOWABLE = {
     "peak_memory_bytes": "a browser does not tell what memory a model takes",
     "cold": "a page is no process of its own",
@@ -62,6 +63,7 @@ def measure_in_browser(
     sustained_s: float | None = None,
     evaluation: Evaluation | None = None,
     wait_s: float = 600.0,
+    check: Callable[[], None] | None = None,
     keep: Callable[[str, Entry], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def measure_in_browser(
         sustained_s: Seconds to run each model for afterwards, at most 3600, to see it slow down as the device heats up.
         evaluation: What answers are compared on: the first 256 examples, or as many as 5 s (full: 20 s) allow.
         wait_s: Seconds to wait for the page to be opened and started.
+        check: Called a few times a second; what it raises ends the measurement.
         keep: Called with name and entry of an artifact once all its runs are here.
         progress: Called with a line for people, also from other threads.
 
@@ -115,7 +118,7 @@ def measure_in_browser(
                 "another port or host"
             ) from None
         invite(Invitation(url=served.url, fingerprint=fingerprint, qr=qr_lines(served.url)))
-        _wait(run, served, wait_s, keep or _keep_nothing)
+        _wait(run, served, wait_s, keep or _keep_nothing, check or _go_on)
     return run.result(served.refusals)
 
 
@@ -161,13 +164,20 @@ class _Run:
             **entry,
             "key": result_key(sha256=entry["sha256"], runtime=model.runtime, mode=self.mode, threads=1),
             "runtime": model.runtime,
+            "phone": phone_of(self.session.facts),
             "load_us": None if model.load_ns is None else model.load_ns / 1000,
         }
         if not is_complete:
             made = flagged(made, "incomplete")
         if model.buckets:
             count = len(model.buckets)
-            run = Sustained(buckets=model.buckets, start={}, conditions=[{}] * count, energy_uj=[None] * count)
+            run = Sustained(
+                buckets=model.buckets,
+                start={},
+                conditions=[{}] * count,
+                energy_uj=[None] * count,
+                asked_s=self.sustained_s or 0.0,
+            )
             made["sustained"] = sustained_entry(run)
             if made["sustained"] and made["sustained"]["change"] > _SLOWED:
                 made = flagged(made, "slowed")
@@ -226,10 +236,24 @@ def device_name(user_agent: str) -> str:
     return f"browser: {browser}" + (f", {system}" if system else "")
 
 
-def _wait(run: _Run, served: Served, wait_s: float, keep: Callable[[str, Entry], None]) -> None:
+def phone_of(facts: Mapping[str, object]) -> str:
+    """Tell a phone from another one, as far as a page can.
+
+    >>> phone_of({"user_agent": "Android 16 Chrome/156.0 Mobile", "cores": 8, "screen": "412x915@2.6"})
+    'browser: Chrome 156, Android; 8 cores; 412x915@2.6'
+    """
+    told = [f"{facts['cores']} cores" if facts.get("cores") else None, facts.get("screen")]
+    return "; ".join([device_name(str(facts.get("user_agent"))), *(str(one) for one in told if one)])
+
+
+def _wait(
+    run: _Run, served: Served, wait_s: float, keep: Callable[[str, Entry], None], check: Callable[[], None]
+) -> None:
     """Until the page has told everything, is closed, falls silent or takes too long."""
-    session, kept = run.session, set[str]()
-    if not session.started.wait(wait_s):
+    session, kept, limit_s = run.session, set[str](), time.monotonic() + wait_s
+    while not session.started.wait(max(0.0, min(_LOOK_S, limit_s - time.monotonic()))) and time.monotonic() < limit_s:
+        check()
+    if not session.started.is_set():
         refused = f" ({sum(served.refusals.values())} requests were refused)" if served.refusals else ""
         raise DeviceUnreachable(
             f"browser: expected the page to be opened and started within {wait_s:g} s, got nobody{refused}; are both "
@@ -237,7 +261,8 @@ def _wait(run: _Run, served: Served, wait_s: float, keep: Callable[[str, Entry],
         )
     run.say(f"started in {device_name(str(session.facts.get('user_agent')))}")
     limit_s = time.monotonic() + run.job.limit_s
-    while not session.ended.wait(0.25):
+    while not session.ended.wait(_LOOK_S):
+        check()
         _keep_complete(run, kept, keep)
         if time.monotonic() - session.heard_s > _SILENCE_S:
             session.end(f"the page has said nothing for {_SILENCE_S:g} s")
@@ -316,6 +341,10 @@ def _shown(entry: Entry, *, is_first: bool) -> dict[str, Any]:
 
 def _fact(runtime: str) -> str:
     return runtime.lower().replace("-", "_").replace(".", "_")
+
+
+def _go_on() -> None:
+    """Nobody interrupts."""
 
 
 def _say_nothing(message: str) -> None:

@@ -163,6 +163,7 @@ def sustained_entry(run: Sustained) -> Entry | None:
     medians_us = np.array([bucket.median_us for bucket, _ in busy])
     tenth = max(1, len(medians_us) // 10)
     return {
+        "asked_s": run.asked_s,
         "start_s": [round(bucket.start_s - busy[0][0].start_s, 3) for bucket, _ in busy],
         "median_us": medians_us.tolist(),
         "runs": [bucket.runs for bucket, _ in busy],

@@ -142,6 +142,7 @@ class Fleet:
     tell: Callable[[str], None]
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _under_way: dict[str, Callable[[], None]] = field(default_factory=dict)  # what breaks off a device's work
 
     def measure(self, names: Sequence[str]) -> dict[str, Result | Exception]:
         """Each device's result, or why there is none; one that was lost midway has told `keep` what it had."""
@@ -155,8 +156,10 @@ class Fleet:
             try:
                 found = {name: self._outcome(name) for name in here}
                 found |= {name: future.result() for name, future in begun.items()}
-            except BaseException:  # also Ctrl-C: threads end at their next step, and devices are left clean
+            except BaseException:  # also Ctrl-C: threads end soon, and leave their devices clean
                 self._stopped.set()
+                for interrupt in list(self._under_way.values()):
+                    interrupt()
                 raise
         return {name: found[name] for name in names}
 
@@ -244,7 +247,8 @@ class Fleet:
     def _growing(self, name: str) -> Callable[[str, Result], None]:
         """Keeps a device's result with each entry that comes."""
         partial: Result = {"device": name, "mode": self.work.mode, "failed": {}, "complete": False}
-        partial["artifacts"] = dict(self.work.known.get(name, {}))
+        # A page measures all of them, on whatever phone opened it.
+        partial["artifacts"] = {} if name == "browser" else dict(self.work.known.get(name, {}))
 
         def grown(artifact: str, entry: Result) -> None:
             partial["artifacts"][artifact] = entry
@@ -266,6 +270,8 @@ class Fleet:
             "progress": lambda text: self._said(f"{name}: {text}"),
         }
         with AdbDevice(name, benchmark_model=access.benchmark_model, regardless=access.regardless) as phone:
+            self._under_way[name] = phone.link.interrupt
+            self._go_on()
             if access.benchmark_model is not None:
                 return measure_phone(phone, work.artifacts[name], profile=access.profile, **named)
             extras = Extras(sustained_s=access.sustained_s, profile=access.profile, evaluation=work.evaluation)
@@ -283,6 +289,7 @@ class Fleet:
             mode=self.work.mode,
             sustained_s=self.access.sustained_s,
             evaluation=self.work.evaluation,
+            check=self._go_on,
             keep=self._growing("browser"),
             progress=lambda text: self._said(f"browser: {text}"),
         )
@@ -297,5 +304,7 @@ class Fleet:
             from tacit.devices.ssh import SshDevice
 
             access = self.access
-            return SshDevice(name, python=access.python, key=access.key, known_hosts=access.known_hosts)
+            device = SshDevice(name, python=access.python, key=access.key, known_hosts=access.known_hosts)
+            self._under_way[name] = device.close
+            return device
         raise DeviceUnreachable(f"expected a device that can be reached, got {name!r}; known are {', '.join(KINDS)}")

@@ -1,8 +1,8 @@
 """What was measured before on this computer's devices, and what has become slower or faster since.
 
 A table of SQLite in `$TACIT_HOME/measurements.sqlite`: a row for each artifact in each measurement. The interval of a
-median says nothing of the next session, on a warmer device or beside other work, so the spread between sessions decides
-as soon as there are three of them.
+median says nothing of the next session, on a warmer device or beside other work, so the spread between sessions
+decides. Few sessions may lie close together by chance: what sessions usually differ by counts as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _TABLE = """create table if not exists measured (
     taken text not null, device text not null, cpu text not null, task text not null, artifact text not null,
     runtime text not null, sha256 text not null, mode text not null, p50_us real not null, low_us real not null,
     high_us real not null)"""
-_ENOUGH_SESSIONS = 3  # for a spread between them
+# What is supposed of the spread before anything was seen: 2.5 %, and worth as much as three sessions' deviations.
+_USUAL_SPREAD, _USUAL_FREEDOM = 0.025, 3
 _LATEST = 20
 Verdict = Literal["slower", "faster", "no difference"]
 
@@ -35,7 +36,7 @@ class Change:
         artifact: Its name.
         sessions: Earlier ones of the same device, task, artifact and runtime, the latest 20.
         ratio: To their geometric mean; above 1 is slower.
-        low: The least ratio that the spread would explain.
+        low: The least ratio that the spread between sessions would explain.
         high: The greatest.
         verdict: What follows, at 95 %.
         same_file: Whether all of them measured the same bytes: then the device or the runtime has changed.
@@ -55,14 +56,13 @@ class Change:
         Example:
             >>> spread = {"sessions": 4, "ratio": 1.2, "low": 0.95, "high": 1.05}
             >>> Change(artifact="a", **spread, verdict="slower", same_file=True).words()
-            'a: 20 % slower than in 4 earlier measurements of the same file (-5 % to +5 % is their spread)'
+            'a: 20 % slower than in 4 earlier measurements of the same file (-5 % to +5 % is no news)'
         """
         what = f"{100 * abs(self.ratio - 1):.0f} % {'slower' if self.ratio > 1 else 'faster'}"
         times = f"{self.sessions} earlier measurement{'s' if self.sessions > 1 else ''}"
         file = " of the same file" if self.same_file else ", of other bytes"
         spread = f"{100 * (self.low - 1):+.0f} % to {100 * (self.high - 1):+.0f} %"
-        whose = "their spread" if self.sessions >= _ENOUGH_SESSIONS else "within their intervals"
-        return f"{self.artifact}: {what} than in {times}{file} ({spread} is {whose})"
+        return f"{self.artifact}: {what} than in {times}{file} ({spread} is no news)"
 
 
 class History:
@@ -102,7 +102,16 @@ class History:
         """
         taken = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [
-            (taken, *_where(result), task, name, str(entry["runtime"]), str(entry["sha256"]), result["mode"], *median)
+            (
+                taken,
+                *_where(result, entry),
+                task,
+                name,
+                str(entry["runtime"]),
+                str(entry["sha256"]),
+                result["mode"],
+                *median,
+            )
             for name, entry in _entries(result)
             if (median := _median(entry)) is not None
         ]
@@ -118,7 +127,7 @@ class History:
                 earlier = table.execute(
                     "select p50_us, low_us, high_us, sha256 from measured where device = ? and cpu = ? and task = ? "
                     "and artifact = ? and runtime = ? and mode = ? order by taken desc, rowid desc limit ?",
-                    (*_where(result), task, name, str(entry["runtime"]), result["mode"], _LATEST),
+                    (*_where(result, entry), task, name, str(entry["runtime"]), result["mode"], _LATEST),
                 ).fetchall()
                 if median is not None and earlier:
                     same = {row[3] for row in earlier} == {str(entry["sha256"])}
@@ -129,9 +138,11 @@ class History:
         return sqlite3.connect(self.path, timeout=30.0)
 
 
-def _where(result: Mapping[str, object]) -> tuple[str, str]:
+def _where(result: Mapping[str, object], entry: Mapping[str, object]) -> tuple[str, str]:
+    """The device and its processor, of which a browser says what it can."""
     facts = result.get("facts")
-    return str(result["device"]), str(facts.get("cpu")) if isinstance(facts, Mapping) else ""
+    cpu = facts.get("cpu") if isinstance(facts, Mapping) else ""
+    return str(result["device"]), str(entry.get("phone") or cpu)
 
 
 def _entries(result: Mapping[str, object]) -> list[tuple[str, Mapping[str, object]]]:
@@ -153,21 +164,20 @@ def _change(
 ) -> Change:
     """Whether a median lies outside of what earlier ones let expect of another session.
 
-    With three sessions or more, the prediction interval of a normal distribution of logarithms (Student's t), widened
-    by the new median's own interval; with fewer, the new interval against the hull of theirs.
+    The prediction interval of a normal distribution of logarithms, widened by the new median's own interval. Its
+    variance is moderated: the mean of the usual one and that of the sessions, by their degrees of freedom, so that the
+    quantile is of Student's t with the sum of these (Smyth 2004, Statistical Applications in Genetics and Molecular
+    Biology 3:3).
     """
+    from scipy.stats import t
+
     logs = [math.log(row[0]) for row in earlier]
     middle, own = sum(logs) / len(logs), [math.log(value) for value in now]
-    if len(logs) >= _ENOUGH_SESSIONS:
-        from scipy.stats import t
-
-        spread = math.sqrt(sum((value - middle) ** 2 for value in logs) / (len(logs) - 1))
-        reach = float(t.ppf(0.975, len(logs) - 1)) * spread * math.sqrt(1 + 1 / len(logs))
-        low, high = middle - math.hypot(reach, own[2] - own[0]), middle + math.hypot(reach, own[0] - own[1])
-        verdict: Verdict = "slower" if own[0] > high else "faster" if own[0] < low else "no difference"
-    else:
-        low, high = math.log(min(row[1] for row in earlier)), math.log(max(row[2] for row in earlier))
-        verdict = "slower" if own[1] > high else "faster" if own[2] < low else "no difference"
+    freedom = _USUAL_FREEDOM + len(logs) - 1
+    squares = _USUAL_FREEDOM * _USUAL_SPREAD**2 + sum((value - middle) ** 2 for value in logs)
+    reach = float(t.ppf(0.975, freedom)) * math.sqrt(squares / freedom * (1 + 1 / len(logs)))
+    low, high = middle - math.hypot(reach, own[2] - own[0]), middle + math.hypot(reach, own[0] - own[1])
+    verdict: Verdict = "slower" if own[0] > high else "faster" if own[0] < low else "no difference"
     ratios = [math.exp(value - middle) for value in (own[0], low, high)]
     return Change(
         artifact=name,

@@ -36,18 +36,20 @@ def standing(held: Mapping[str, Any], mode: Mode | None, access: Access, artifac
     entries = {name: entry for name, entry in held.get("artifacts", {}).items() if name in names}
     if held.get("mode") == "parity" or not held:
         return entries
-    wanted = [("sustained", access.sustained_s is not None), ("profile", access.profile)]
-    asked = [part for part, is_asked in wanted if is_asked]
-    return {
-        name: entry
-        for name, entry in entries.items()
-        if _is_of(entry, mode) and all(_was_tried(entry, part) for part in asked)
-    }
+    return {name: entry for name, entry in entries.items() if _is_of(entry, mode) and _has_all(entry, access)}
 
 
 def _is_of(entry: Mapping[str, Any], mode: Mode | None) -> bool:
     key = entry.get("key")
     return isinstance(key, str) and (mode is None or f"-{mode}-" in key)
+
+
+def _has_all(entry: Mapping[str, Any], access: Access) -> bool:
+    """One that could not be had will not be had another time; a sustained run must have been asked to be as long."""
+    seconds, run = access.sustained_s, entry.get("sustained") or {}
+    if seconds is not None and not (_was_tried(entry, "sustained") and run.get("asked_s", seconds) >= seconds):
+        return False
+    return not access.profile or _was_tried(entry, "profile")
 
 
 def _was_tried(entry: Mapping[str, Any], part: str) -> bool:
@@ -76,9 +78,13 @@ def joined(held: Mapping[str, Any], result: Result) -> Result:
         >>> joined(held, lost)["artifacts"], joined(held, lost)["failed"]
         ({'a': {'p50_us': 1.0}}, {'b': 'gone'})
     """
-    both = {**held.get("artifacts", {}), **result["artifacts"]}
+    # A page is opened by whatever phone there is; what another one showed is not of this result.
+    phones = {entry.get("phone") for entry in result["artifacts"].values()}
+    earlier = held.get("artifacts", {})
+    kept_entries = {name: entry for name, entry in earlier.items() if not phones or entry.get("phone") in phones}
+    both = {**kept_entries, **result["artifacts"]}
     about = (*_ABOUT, "mode") if held.get("mode") == "parity" else _ABOUT
-    kept = {key: held[key] for key in about if key in held}
+    kept = {key: held[key] for key in about if key in held and (kept_entries or not earlier)}
     failed = {name: reason for name, reason in result["failed"].items() if name not in both}
     return {**result, **kept, "artifacts": both, "failed": failed}
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -464,6 +465,26 @@ def test_an_interrupted_measurement_kills_the_tool_and_lets_the_clocks_go(phone,
     assert phone.modes() == ["true", "false"]
     assert is_still(phone)
     assert list(phone.data.iterdir()) == []
+
+
+def test_an_interruption_from_another_thread_kills_the_tool_and_lets_the_clocks_go(phone, files):
+    phone.write("tool", ENDLESS)
+    with open_phone(phone, files) as device:
+        threading.Timer(1.0, device.link.interrupt).start()
+        with pytest.raises(DeviceUnreachable, match="plug it in again and go on"):
+            measure_phone(device, two(files))
+    assert phone.modes() == ["true", "false"]
+    assert is_still(phone)
+    assert list(phone.data.iterdir()) == []
+
+
+def test_an_interruption_ends_the_wait_for_a_hot_phone(phone, files):
+    phone.write("dumpsys/thermalservice", COOL.replace("Thermal Status: 0", "Thermal Status: 2"))
+    with open_phone(phone, files, patience_s=600.0) as device:
+        threading.Timer(0.5, device.link.interrupt).start()
+        with pytest.raises(DeviceUnreachable, match="an interruption"):
+            measure_phone(device, two(files))
+    assert phone.modes() == []
 
 
 # Phones in a bad state.

@@ -201,6 +201,7 @@ def test_what_a_page_tells_becomes_a_result_like_those_of_other_devices(models, 
         result = made.finished()
     json.dumps(result, allow_nan=False)
     first, second = result["artifacts"]["float32"], result["artifacts"]["small"]
+    assert first["phone"] == second["phone"] == "browser: Chrome 156, Android; 8 cores"
     assert (result["label"], result["device"], result["mode"]) == (
         "in-browser",
         "browser: Chrome 156, Android",
@@ -461,6 +462,22 @@ def test_a_page_that_nobody_opens_is_a_device_that_cannot_be_reached(models, inp
         measuring(models, inputs, wait_s=0.05) as made,
     ):
         made.finished()
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_what_interrupts_it_ends_the_wait(models, inputs, is_open):
+    enough = threading.Event()
+
+    def check():
+        if enough.is_set():
+            raise ConnectionAbortedError("interrupted")
+
+    with measuring(models, inputs, check=check) as made:
+        if is_open:
+            Phone(made.url).start()
+        enough.set()
+        with pytest.raises(ConnectionAbortedError):
+            made.finished()
 
 
 def test_a_port_that_is_taken_is_a_device_that_cannot_be_reached(models, inputs):

@@ -31,11 +31,32 @@ def test_a_first_measurement_has_nothing_beside_it(history):
     assert verdicts(history, result(10.0)) == []
 
 
-def test_with_one_earlier_session_the_intervals_decide(history):
+def test_with_one_earlier_session_the_usual_spread_decides(history):
     history.add(result(10.0), task="digits")
-    assert verdicts(history, result(10.15)) == ["no difference"]
-    assert verdicts(history, result(11.0)) == ["slower"]
-    assert verdicts(history, result(9.0)) == ["faster"]
+    assert verdicts(history, result(10.5)) == ["no difference"]
+    assert verdicts(history, result(11.5)) == ["slower"]
+    assert verdicts(history, result(8.7)) == ["faster"]
+
+
+def test_three_sessions_that_lie_close_together_by_chance_make_no_news_of_little(history):
+    for p50_us in (10.0, 10.001, 10.002):
+        history.add(result(p50_us), task="digits")
+    assert verdicts(history, result(10.1, width=0.001)) == ["no difference"]
+    assert verdicts(history, result(10.7, width=0.001)) == ["slower"]
+
+
+def test_many_quiet_sessions_make_a_small_change_known(history):
+    for step in range(20):
+        history.add(result(10 + 0.01 * (step % 3)), task="digits")
+    assert verdicts(history, result(10.35, width=0.001)) == ["slower"]
+
+
+def test_two_phones_with_one_kind_of_browser_are_two(history):
+    slow, fast = result(20.0, device="browser: Chrome 156"), result(10.0, device="browser: Chrome 156")
+    slow["artifacts"]["small"]["phone"], fast["artifacts"]["small"]["phone"] = "8 cores", "6 cores"
+    history.add(slow, task="digits")
+    assert verdicts(history, fast) == []
+    assert verdicts(history, slow) == ["no difference"]
 
 
 def test_with_three_sessions_their_spread_decides(history):

@@ -374,6 +374,24 @@ def test_ctrl_c_ends_the_devices_that_are_measured_elsewhere_at_their_next_step(
     assert ended.is_set()
 
 
+def test_ctrl_c_breaks_off_what_a_device_has_under_way():
+    broken, begun = threading.Event(), threading.Event()
+
+    class Hung(Fleet):
+        def _measured(self, name: str) -> dict[str, Any]:
+            if name == "local":
+                begun.wait(30)
+                raise KeyboardInterrupt
+            self._under_way[name] = broken.set
+            begun.set()
+            assert broken.wait(30)
+            raise DeviceUnreachable("its end")
+
+    with pytest.raises(KeyboardInterrupt):
+        Hung(work=_work(), access=Access(), keep=_quiet, say=_quiet, tell=_quiet).measure(["ssh:a@b", "local"])
+    assert broken.is_set()
+
+
 def test_this_computer_is_measured_before_what_fits_is_asked():
     order: list[str] = []
     fleet = _Answers(
@@ -407,6 +425,9 @@ ENTRY = {"key": "ab-litert-quick-1", "sha256": "ab", "profile": None, "sustained
         ({"not_measured": {"profile": "litert has none"}}, None, Access(profile=True), True),
         ({}, None, Access(sustained_s=3.0), False),
         ({"sustained": {}}, None, Access(sustained_s=3.0), True),
+        ({"sustained": {"asked_s": 3.0}}, None, Access(sustained_s=3.0), True),
+        ({"sustained": {"asked_s": 2.0}}, None, Access(sustained_s=3.0), False),
+        ({"not_measured": {"sustained": "it has none"}}, None, Access(sustained_s=3.0), True),
         ({"key": None}, None, Access(), False),
     ],
 )
@@ -415,6 +436,17 @@ def test_an_entry_stands_if_it_holds_all_that_is_asked_for(entry, mode, access, 
     found = measured.standing(held, mode, access, [SimpleNamespace(name="a"), SimpleNamespace(name="b")])
     assert bool(found) is stands
     assert measured.standing(held, mode, access, [SimpleNamespace(name="b")]) == {}
+
+
+def test_what_another_phone_showed_is_not_of_an_incomplete_result():
+    held = {"facts": {"cores": 8}, "artifacts": {"a": {"phone": "x"}, "b": {"phone": "x"}}}
+    lost = {"facts": {}, "artifacts": {"a": {"phone": "y"}}, "failed": {"b": "closed"}}
+    found = measured.joined(held, lost)
+    assert (found["artifacts"], found["failed"], found["facts"]) == ({"a": {"phone": "y"}}, {"b": "closed"}, {})
+    same = measured.joined(held, {**lost, "artifacts": {"a": {"phone": "x", "n": 1}}})
+    assert same["artifacts"] == {"a": {"phone": "x", "n": 1}, "b": {"phone": "x"}}
+    assert same["failed"] == {}
+    assert measured.joined(held, {**lost, "artifacts": {}})["artifacts"] == held["artifacts"]
 
 
 def test_only_figures_of_the_same_bytes_are_held(tmp_path):

@@ -273,6 +273,7 @@ def _run(*, idle: int, busy: int, slower: float = 1.0, hotter: float = 0.0, idle
         start={"temperature_c": 40.0},
         conditions=[{"temperature_c": float(one)} for one in heat],
         energy_uj=[1e6 * one for one in joules],
+        asked_s=float(busy),
     )
 
 

@@ -290,6 +290,18 @@ def test_an_unplugged_phone_is_said_and_cleans_up_itself(phone, home, tmp_path):
     assert is_still(phone)
 
 
+def test_an_interruption_from_another_thread_ends_it_soon_and_cleanly(phone, home, tmp_path):
+    with open_phone(phone) as opened, TermuxDevice(opened) as device:
+        threading.Timer(1.0, opened.link.interrupt).start()
+        with pytest.raises(DeviceUnreachable, match="plug it in again and go on"):
+            asked(device, tmp_path, "time.sleep(600)")
+        with pytest.raises(DeviceUnreachable):
+            device.run({"op": "facts"})
+    assert within(20, lambda: list(home.iterdir()) == [])
+    assert is_still(phone)
+    assert list(phone.data.iterdir()) == []
+
+
 def test_a_closed_device_is_closed(opened, home):
     device = TermuxDevice(opened)
     device.close()
