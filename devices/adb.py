@@ -20,6 +20,7 @@ from tacit.devices.answers import DeviceUnreachable, printable
 from tacit.devices.benchmark_tool import MAX_OUTPUT_BYTES, Turn, elf_abi, refuse_failed, tool_arguments
 from tacit.devices.conditions import Conditions, believe_readings, interpret, watch
 from tacit.devices.phone import PROPERTIES, Health, core_clocks, core_mask, fast_cores, phone_facts, read_health
+from tacit.devices.phone_battery import battery_readings
 from tacit.devices.phone_performance import fixed_performance
 from tacit.devices.remote_files import checked_name, packed
 from tacit.devices.sandbox import ArtifactRefused
@@ -171,6 +172,10 @@ class AdbDevice:
     def health(self) -> Health:
         """What the phone says of its heat and its battery."""
         return read_health(self._link.hear(["dumpsys", "thermalservice"]), self._link.hear(["dumpsys", "battery"]))
+
+    def battery(self) -> dict[str, str]:
+        """What the phone says of its battery's charge, as Linux has it in files."""
+        return battery_readings(self._link.hear(["dumpsys", "battery"]))
 
     def conditions(self) -> Conditions:
         """What the phone is like now: heat, battery, clocks, load."""

@@ -1,7 +1,6 @@
 """The runs that a measurement is made of: memory, cold starts, timed, sustained, profile; asked for and checked."""
 
 import hashlib
-import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ from tacit.devices.conditions import (
     Conditions,
     Readings,
     believe_readings,
-    energy_uj,
     interpret,
     steal_share,
     waiting_share,
     watch,
 )
 from tacit.devices.device import Artifact, Device, Placed
+from tacit.devices.energy import battery_files, energy_of, rest_s
 from tacit.devices.formats import examine
 from tacit.devices.runtime import read_outputs
 from tacit.devices.sandbox import ArtifactRefused
@@ -33,7 +32,6 @@ from tacit.devices.side_answers import Bucket, ColdStart, Operator, believe_buck
 Values = npt.NDArray[Any]
 # What is the artifact's fault, or of what it needs; anything else is the device's and ends the measurement.
 REFUSALS = (ArtifactRefused, FileNotFoundError, ModuleNotFoundError)
-_IDLE_S = 20.0  # of rest before a sustained run, where the device can tell its energy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +67,14 @@ class TimedGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Sustained:
-    """A sustained run: its buckets, those of rest first, with what was read at the end of each."""
+    """A sustained run: its buckets, those of rest first, with what was read at the end of each, and its energy."""
 
     buckets: list[Bucket]
     start: Conditions  # of the first bucket with runs
     conditions: list[Conditions]
-    energy_uj: list[float | None]
     asked_s: float
+    energy: dict[str, Any] | None = None
+    why_no_energy: str = ""
 
 
 def put_inputs(device: Device, inputs: Sequence[Values]) -> tuple[str, ...]:
@@ -182,21 +181,22 @@ def _readings(answer: dict[str, Any], count: int) -> list[Readings] | None:
 
 def sustain(session: Session, placed: Placed, seconds: float) -> Sustained:
     """Run one artifact for minutes; where the device can tell its energy, after a rest."""
-    patterns = watch(session.affinity, everything=False)
+    patterns = [*watch(session.affinity, everything=False), *battery_files()]
     look, _ = session.ask("facts", watch=patterns)
     readings = _readings(look, 1) or [{}]
-    rests = energy_uj(readings[0], readings[0]) is not None
-    request = session.schedule.sustained(seconds, _IDLE_S if rests else 0.0)
+    request = session.schedule.sustained(seconds, rest_s(readings[0], seconds))
     answer, wall_s = session.ask("sustain", model=session.describe(placed), watch=patterns, **request)
     buckets = believe_buckets(answer, wall_s)
     found = _readings(answer, len(buckets) + 1) or [{}] * (len(buckets) + 1)
     first = next((place for place, bucket in enumerate(buckets) if bucket.runs), 0)
+    energy, why = energy_of(buckets, found)
     return Sustained(
         buckets=buckets,
         start=interpret(found[first]),
         conditions=[interpret(row) for row in found[1:]],
-        energy_uj=[energy_uj(early, late) for early, late in itertools.pairwise(found)],
         asked_s=seconds,
+        energy=energy,
+        why_no_energy=why,
     )
 
 

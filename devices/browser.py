@@ -175,7 +175,6 @@ class _Run:
                 buckets=model.buckets,
                 start={},
                 conditions=[{}] * count,
-                energy_uj=[None] * count,
                 asked_s=self.sustained_s or 0.0,
             )
             made["sustained"] = sustained_entry(run)

@@ -1,4 +1,4 @@
-"""What a device's own files say of the state that it was measured in: clocks, temperatures, throttling, power, energy.
+"""What a device's own files say of the state that it was measured in: clocks, temperatures, throttling, power.
 
 The agent reads the files of ``watch`` and sends what they hold; everything is understood here, and nothing is believed
 beyond its range. What a platform does not say is None, which a report calls "not measured".
@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 from tacit.devices.answers import believe_facts
+from tacit.devices.energy import PACKAGES
 
 Readings = Mapping[str, str]
 Conditions = dict[str, str | int | float | None]
@@ -15,8 +16,7 @@ Conditions = dict[str, str | int | float | None]
 _THERMAL = "/sys/class/thermal/thermal_zone*/temp"
 _PI_FLAGS = "/sys/devices/platform/soc/soc:firmware/get_throttled"
 _THROTTLE_COUNT = "/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
-_POWER = ("/sys/class/power_supply/*/status", "/sys/class/power_supply/*/capacity")
-_ENERGY = tuple(f"/sys/class/powercap/intel-rapl:*/{name}" for name in ("name", "energy_uj", "max_energy_range_uj"))
+_POWER = tuple(f"/sys/class/power_supply/*/{name}" for name in ("scope", "status", "capacity"))
 _SCHEDULED = "/proc/self/schedstat"  # of the agent's main thread: nanoseconds at work, nanoseconds ready and waiting
 _MAX_CORES = 32
 _MAX_READINGS = 256
@@ -40,7 +40,7 @@ def watch(affinity: object, *, everything: bool = True) -> list[str]:
     once = ["/proc/loadavg", *_POWER, _THROTTLE_COUNT] if everything else []
     each = ("scaling_governor", "scaling_cur_freq") if everything else ("scaling_cur_freq",)
     clocks = [f"/sys/devices/system/cpu/cpu{core}/cpufreq/{name}" for name in each for core in cores]
-    return ["/proc/stat", _SCHEDULED, _PI_FLAGS, *_ENERGY, *once, _THERMAL, *clocks]
+    return ["/proc/stat", _SCHEDULED, _PI_FLAGS, *PACKAGES, *once, _THERMAL, *clocks]
 
 
 def believe_readings(answer: object) -> dict[str, str]:
@@ -68,6 +68,10 @@ def interpret(readings: Readings) -> Conditions:
     >>> interpret({"/sys/class/thermal/thermal_zone0/temp": "48250", "/proc/loadavg": "0.21 0.3"})["temperature_c"]
     48.25
     """
+    # A mouse has a battery, too, which is none of this device's.
+    scopes = {path.removesuffix("scope"): text for path, text in readings.items() if path.endswith("/scope")}
+    others = tuple(supply for supply, scope in scopes.items() if scope == "Device")
+    readings = {path: text for path, text in readings.items() if not others or not path.startswith(others)}
     clocks_khz = [khz for khz in _numbers(readings, "/scaling_cur_freq") if 0 < khz < 10**8]
     # Zones without a sensor say -273 or thousands of degrees.
     temperatures = [milli / 1000 for milli in _numbers(readings, "/temp") if -40_000 < milli < 150_000]
@@ -137,35 +141,6 @@ def waiting_share(before: Readings, after: Readings) -> float | None:
         return None
     worked, waited = (late - early for early, late in zip(*numbers, strict=True))
     return round(waited / (worked + waited), 4) if min(worked, waited) >= 0 and worked + waited > 0 else None
-
-
-def energy_uj(before: Readings, after: Readings) -> float | None:
-    """Return the microjoules that all processor packages took between two readings (RAPL).
-
-    A counter that has passed its end has begun again at zero; that is taken into account for once, so readings must
-    not be further apart than that takes: a minute at 1 kW.
-
-    >>> zone = "/sys/class/powercap/intel-rapl:0/"
-    >>> about = {zone + "name": "package-0", zone + "max_energy_range_uj": "1000"}
-    >>> energy_uj({**about, zone + "energy_uj": "900"}, {**about, zone + "energy_uj": "50"})
-    150.0
-    """
-    zones = [path.removesuffix("name") for path, text in before.items() if _is_package(path, text)]
-    if not zones:
-        return None
-    total = 0
-    for zone in zones:
-        marks = [_number(readings.get(f"{zone}energy_uj", "")) for readings in (before, after)]
-        end = _number(before.get(f"{zone}max_energy_range_uj", ""))
-        if marks[0] is None or marks[1] is None or min(marks[0], marks[1]) < 0 or not end:
-            return None
-        total += (marks[1] - marks[0]) % end
-    return float(total)
-
-
-def _is_package(path: str, text: str) -> bool:
-    """Zones within packages, and the one of the whole platform, hold the same energy again."""
-    return bool(re.fullmatch(r"/sys/class/powercap/intel-rapl:\d+/name", path)) and text.startswith("package")
 
 
 def _pair(before: Conditions, after: Conditions, key: str) -> tuple[float, float] | None:

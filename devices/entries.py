@@ -11,13 +11,12 @@ from tacit.devices.answers import Timed
 from tacit.devices.asking import Sustained, TimedGroup
 from tacit.devices.device import Placed
 from tacit.devices.judgement import has_slowed, judge
-from tacit.devices.ratios import Series, block_medians, joined_ratio, log_ratios, ratio_interval, student_t, thinned
+from tacit.devices.ratios import Series, block_medians, joined_ratio, log_ratios, ratio_interval, thinned
 from tacit.devices.side_answers import ColdStart, Operator
 from tacit.devices.statistics import (
     BLOCK_COUNTS,
     median_interval,
     percentile_estimate,
-    standard_error,
     wilson_interval,
 )
 
@@ -171,32 +170,6 @@ def sustained_entry(run: Sustained) -> Entry | None:
         "cur_freq_khz": [conditions.get("cur_freq_khz") for _, conditions in busy],
         "change": round(float(np.median(medians_us[-tenth:]) / np.median(medians_us[:tenth])) - 1, 4),
         "throttled": has_slowed(medians_us, run.start, busy[-1][1]),
-    }
-
-
-def energy_entry(run: Sustained) -> Entry | None:
-    """Energy of one inference above that of rest, with a 95 % interval; None where the device has no counters.
-
-    The interval holds what the power varies by, at rest and at work. It does not hold what the counters leave out: RAPL
-    is of the processor's package, not of the plug.
-    """
-    rows = [(bucket, uj) for bucket, uj in zip(run.buckets, run.energy_uj, strict=True) if uj is not None]
-    idle_w = np.array([uj / 1e6 / bucket.spent_s for bucket, uj in rows if not bucket.runs])
-    work = np.array([(uj / 1e6, bucket.spent_s, bucket.runs) for bucket, uj in rows if bucket.runs])  # (buckets, 3)
-    if min(len(idle_w), len(work)) < BLOCK_COUNTS[0] // 2:
-        return None
-    joules, seconds, runs = work.sum(axis=0)
-    each_j = (joules - idle_w.mean() * seconds) / runs
-    spread_j = standard_error((work[:, 0] - idle_w.mean() * work[:, 1]) / work[:, 2])
-    error_j = float(np.hypot(spread_j, standard_error(idle_w) * seconds / runs))
-    reach_j = student_t(min(len(idle_w), len(work)) - 1, 0.95) * error_j
-    return {
-        "source": "RAPL, processor package",
-        "idle_w": float(idle_w.mean()),
-        "busy_w": float(joules / seconds),
-        "j_per_inference": float(each_j),
-        "low": float(each_j - reach_j),
-        "high": float(each_j + reach_j),
     }
 
 

@@ -26,7 +26,6 @@ from tacit.devices.device import Placed
 from tacit.devices.entries import (
     Entry,
     accuracy_entry,
-    energy_entry,
     entry_of,
     flagged,
     key_of,
@@ -207,22 +206,23 @@ class _Collected:
         for part, measured in parts.items():
             self._say(f"{item.artifact.name}: {part}")
             try:
-                entry |= measured()
+                found = measured()
+                reasons |= found.pop("not_measured", {})
+                entry |= found
             except REFUSALS as error:
-                reasons[part] = str(error)
+                reasons |= dict.fromkeys((part, "energy") if part == "sustained" else (part,), str(error))
         if entry["profile"] and entry["p50_us"]:
             entry["profile"]["share_of_p50"] = round(entry["profile"]["us"] / entry["p50_us"], 3)
         if entry["sustained"] and entry["sustained"]["throttled"]:
             entry = flagged(entry, "throttled")
-        if parts and entry["energy"] is None and "sustained" in parts:
-            reasons["energy"] = "the device does not say what energy it takes"
         if parts and entry["profile"] is None and "profile" in parts:
             reasons.setdefault("profile", f"{item.runtime} has no profiler in Python")
         return {**entry, "not_measured": reasons}
 
     def _sustained(self, item: Placed) -> Entry:
         run = sustain(self._session, item, self._extras.sustained_s or 0.0)
-        return {"sustained": sustained_entry(run), "energy": energy_entry(run)}
+        reasons = {} if run.energy else {"energy": run.why_no_energy}
+        return {"sustained": sustained_entry(run), "energy": run.energy, "not_measured": reasons}
 
     def _profile(self, item: Placed) -> Entry:
         found = operators(self._session, item)

@@ -5,7 +5,9 @@ those of F-Droid and Google Play are not.
 """
 
 import contextlib
+import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +18,15 @@ from tacit.devices.adb import AdbDevice, read_file
 from tacit.devices.adb_leash import AdbLeash
 from tacit.devices.adb_shell import Said
 from tacit.devices.answers import DeviceFull, DeviceUnreachable, printable
-from tacit.devices.conditions import Conditions
+from tacit.devices.conditions import Conditions, Readings
 from tacit.devices.entries import Entry
 from tacit.devices.leashed import answer_of, folder_name, order_of, with_adapters
 from tacit.devices.phone import core_mask
+from tacit.devices.phone_battery import BatteryLog
 from tacit.devices.protocol import Artifact, Extras, Mode, Values, measure
 from tacit.devices.remote_files import checked_name, packed
 from tacit.devices.sandbox import Limits
+from tacit.devices.side_answers import believe_buckets
 
 __all__ = ["TermuxDevice", "measure_termux"]
 
@@ -125,8 +129,8 @@ class TermuxDevice:
                 that of the device's limits. The file of an ``adapter`` is put on the device.
 
         Returns:
-            The agent's answer, a JSON object of unchecked content; where it timed, with the phone's heat and battery
-            ``before`` and ``after``.
+            The agent's answer, a JSON object of unchecked content; with what the phone's shell says of its heat and
+            its battery where it timed, and of its charge where it ran for minutes.
 
         Raises:
             ArtifactRefused: The model file could not be run, crashed its runtime or took too long.
@@ -134,10 +138,18 @@ class TermuxDevice:
             DeviceUnreachable: The connection was lost, or what came over it was no answer.
         """
         prepared = with_adapters(request, self.put)
-        if request.get("op") != "time":
-            return self._obeyed(prepared)
-        before = self._state()
-        return {**self._obeyed(prepared), "before": before, "after": self._state()}
+        op = request.get("op")
+        if op == "time":
+            before = self._state()
+            return {**self._obeyed(prepared), "before": before, "after": self._state()}
+        if op == "facts" and request.get("watch"):
+            return _with_battery(self._obeyed(prepared), [self._phone.battery()])
+        if op == "sustain" and request.get("idle_s"):
+            with BatteryLog(self._phone.battery) as log:
+                answer, ended_s = self._obeyed(prepared), time.monotonic()
+            ends_s = [0.0, *(one.start_s + one.spent_s for one in believe_buckets(answer, wall_s=math.inf))]
+            return _with_battery(answer, [log.at(ended_s - ends_s[-1] + end_s) for end_s in ends_s])
+        return self._obeyed(prepared)
 
     def facts(self) -> dict[str, Any]:
         """Describe the phone and Termux's Python, and how many folders of earlier sessions were removed."""
@@ -207,6 +219,15 @@ def measure_termux(
         TermuxDevice(phone, threads=threads, is_fixed=is_fixed) as device,
     ):
         return measure(device, artifacts, inputs, mode=mode, extras=extras, known=known, keep=keep, progress=progress)
+
+
+def _with_battery(answer: dict[str, Any], battery: Sequence[Readings]) -> dict[str, Any]:
+    """An answer whose readings hold what the phone's shell says of its battery: an app may not read those files."""
+    rows = answer.get("readings")
+    if not isinstance(rows, list) or len(rows) != len(battery):
+        return answer
+    both = [{**row, **told} if isinstance(row, dict) else row for row, told in zip(rows, battery, strict=True)]
+    return {**answer, "readings": both}
 
 
 def _inside(*command: str) -> list[str]:

@@ -55,7 +55,7 @@ def measure(
         mode: quick (about 10 s for two artifacts) or full (a minute).
         again: Measure anew what was measured already.
         inputs: A .npy file (n, *shape) of real inputs as the model file takes them.
-        sustained: Seconds of sustained load per artifact, for heat and energy.
+        sustained: Seconds of sustained load per artifact, for heat and energy; on a battery after as long a rest.
         profile: Time operators too, where the runtime can.
         python: The Python on devices over SSH; it needs numpy and a runtime.
         key: A private key for SSH.

@@ -6,7 +6,6 @@ import pytest
 
 from tacit.devices.conditions import (
     believe_readings,
-    energy_uj,
     interpret,
     is_hotter,
     is_throttled,
@@ -85,29 +84,12 @@ def test_two_degrees_more_are_hotter():
     assert not is_hotter({"temperature_c": None}, {"temperature_c": 90.0})
 
 
-def _zone(number: str, name: str, uj: int | str, end: int | str = 262_143_328_850) -> dict[str, str]:
-    zone = f"/sys/class/powercap/intel-rapl:{number}/"
-    return {f"{zone}name": name, f"{zone}energy_uj": str(uj), f"{zone}max_energy_range_uj": str(end)}
-
-
-def test_energy_is_that_of_the_packages_alone_each_counted_once():
-    before = {**_zone("0", "package-0", 1000), **_zone("1", "package-1", 500), **_zone("0:0", "core", 10)}
-    before |= _zone("2", "psys", 90)
-    after = {**_zone("0", "package-0", 3000), **_zone("1", "package-1", 900), **_zone("0:0", "core", 1010)}
-    after |= _zone("2", "psys", 9090)
-    assert energy_uj(before, after) == 2400
-
-
-def test_a_counter_of_energy_that_began_again_is_counted_on():
-    end = 262_143_328_850
-    assert energy_uj(_zone("0", "package-0", end - 600), _zone("0", "package-0", 400)) == 1000
-
-
-@pytest.mark.parametrize("uj", ["", "-5", "secret", "1.5"])
-def test_a_counter_that_may_not_be_read_is_not_measured(uj):
-    assert energy_uj(_zone("0", "package-0", uj), _zone("0", "package-0", 400)) is None
-    assert energy_uj(_zone("0", "package-0", 5, end=0), _zone("0", "package-0", 400)) is None
-    assert energy_uj({}, {}) is None
+def test_the_battery_of_a_mouse_is_not_the_devices():
+    mouse, own = "/sys/class/power_supply/hidpp_battery_0/", "/sys/class/power_supply/BAT0/"
+    readings = {f"{mouse}scope": "Device", f"{mouse}status": "Discharging", f"{mouse}capacity": "5"}
+    assert interpret(readings)["battery_percent"] is interpret(readings)["power"] is None
+    found = interpret({**readings, f"{own}scope": "System", f"{own}status": "Full", f"{own}capacity": "99"})
+    assert (found["battery_percent"], found["power"]) == (99, "mains")
 
 
 def test_shares_of_time_need_counters_that_go_forward():

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tacit.devices.answers import DeviceUnreachable
 from tacit.devices.asking import Sustained
-from tacit.devices.entries import energy_entry, sustained_entry
+from tacit.devices.entries import sustained_entry
 from tacit.devices.judgement import has_slowed
 from tacit.devices.local import LocalDevice
 from tacit.devices.protocol import Artifact, Evaluation, Extras, judge, measure, plan
@@ -255,41 +255,23 @@ def test_what_is_asked_for_beside_the_latency_is_measured_or_said_not_to_be(tmp_
     assert ("energy" in entry["not_measured"]) == (entry["energy"] is None)
 
 
-# Sustained runs and energy, as values.
+# Sustained runs, as values.
 
 
-def _run(*, idle: int, busy: int, slower: float = 1.0, hotter: float = 0.0, idle_w: float = 2.0) -> Sustained:
-    """Seconds of rest at 2 W, and of 100 runs a second that take 30 mJ each beyond it."""
-    rng = np.random.default_rng(0)
+def _run(*, idle: int, busy: int, slower: float = 1.0, hotter: float = 0.0) -> Sustained:
+    """Seconds of rest, and of 100 runs a second."""
     buckets = [Bucket(start_s=s, spent_s=1.0, runs=0, median_us=None) for s in range(idle)]
     pace = np.linspace(1, slower, busy)
     buckets += [
         Bucket(start_s=idle + s, spent_s=1.0, runs=round(100 / pace[s]), median_us=1e4 * pace[s]) for s in range(busy)
     ]
-    joules = [idle_w + 0.03 * bucket.runs + rng.normal(0, 0.05) for bucket in buckets]
     heat = np.concatenate([np.full(idle, 40.0), 40 + np.linspace(0, hotter, busy)])
     return Sustained(
         buckets=buckets,
         start={"temperature_c": 40.0},
         conditions=[{"temperature_c": float(one)} for one in heat],
-        energy_uj=[1e6 * one for one in joules],
         asked_s=float(busy),
     )
-
-
-def test_energy_is_what_exceeds_rest_and_its_interval_holds_the_truth():
-    entry = energy_entry(_run(idle=20, busy=60))
-    assert entry["low"] < 0.03 < entry["high"]
-    assert entry["high"] - entry["low"] < 0.002
-    assert entry["idle_w"] == pytest.approx(2, abs=0.05)
-    assert entry["busy_w"] == pytest.approx(5, abs=0.05)
-
-
-def test_energy_is_not_measured_without_counters_or_without_rest():
-    run = _run(idle=20, busy=60)
-    assert energy_entry(Sustained(**{**vars(run), "energy_uj": [None] * 80})) is None
-    assert energy_entry(_run(idle=0, busy=60)) is None
-    assert energy_entry(_run(idle=20, busy=3)) is None
 
 
 @pytest.mark.parametrize(("slower", "hotter", "throttled"), [(1.5, 30.0, True), (1.5, 0.0, False), (1.0, 30.0, False)])

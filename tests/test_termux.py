@@ -1,6 +1,8 @@
 """Termux's Python on a phone over adb: the real adb, a device daemon, and the real leash and agent."""
 
+import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -24,6 +26,7 @@ from tacit.edge.progress import Silent
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 from adb_daemon import Phone
+from ssh_server import processes_naming
 from test_adb import BATTERY, COOL, environment, is_still, phone, server
 from test_agent import linear, onnx_bytes
 
@@ -127,6 +130,51 @@ def test_clocks_are_the_agents_and_heat_is_the_phones(phone, opened, tmp_path):
         )
     assert answer["before"]["battery_percent"] == answer["after"]["battery_percent"] == 84
     assert "cur_freq_khz" not in answer["before"]
+
+
+def test_energy_is_told_by_the_phones_battery(phone, home, tmp_path, monkeypatch):
+    monkeypatch.setattr("tacit.devices.phone_battery._EVERY_S", 0.1)
+    begun_s, ended = time.monotonic(), threading.Event()
+
+    def drain() -> None:
+        """28 W, in steps of 10 µAh."""
+        while not ended.wait(0.01):
+            charge = 3_000_000 - round(200 * (time.monotonic() - begun_s)) * 10
+            words = BATTERY.format(plugged="false", level=84).replace(": 2\n", ": 3\n")
+            (phone.root / "battery").write_text(f"{words}  Charge counter: {charge}\n  voltage: 3900\n")
+            (phone.root / "battery").replace(phone.root / "dumpsys" / "battery")
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        with open_phone(phone) as device:
+            result = measure_termux(device, [onnx(tmp_path)], INPUTS, extras=Extras(sustained_s=4.0))
+    finally:
+        ended.set()
+        thread.join()
+    entry = result["artifacts"]["model"]
+    assert entry["not_measured"] == {}
+    assert entry["energy"]["source"] == "battery counter, whole device"
+    assert entry["energy"]["idle_w"] == pytest.approx(28, rel=0.2)
+    assert entry["energy"]["busy_w"] == pytest.approx(28, rel=0.2)
+    assert entry["energy"]["low"] < 0 < entry["energy"]["high"], "it drains alike at rest and under load"
+
+
+def test_a_phone_that_charges_tells_no_energy_and_does_not_rest_for_it(phone, home, tmp_path):
+    phone.write("dumpsys/battery", phone.read("dumpsys/battery") + "  Charge counter: 3000000\n  voltage: 3900\n")
+    with open_phone(phone) as device:
+        result = measure_termux(device, [onnx(tmp_path)], INPUTS, extras=Extras(sustained_s=2.0))
+    entry = result["artifacts"]["model"]
+    assert entry["energy"] is None
+    assert len(entry["sustained"]["median_us"]) == 2
+
+
+def test_nothing_of_the_shells_environment_reaches_python(phone, home):
+    program = phone.termux / "usr" / "bin" / "python3"
+    program.write_text(program.read_text().replace("exec", f"/usr/bin/env > {phone.root}/environment; exec", 1))
+    with open_phone(phone) as device, TermuxDevice(device):
+        names = {line.partition("=")[0] for line in phone.read("environment").splitlines()}
+    assert names - {"PWD", "SHLVL", "_", "OLDPWD"} == {"PATH", "HOME", "TMPDIR", "LANG"}
 
 
 def test_predictions_come_back_whole(device, tmp_path):
@@ -300,6 +348,17 @@ def test_an_interruption_from_another_thread_ends_it_soon_and_cleanly(phone, hom
     assert within(20, lambda: list(home.iterdir()) == [])
     assert is_still(phone)
     assert list(phone.data.iterdir()) == []
+
+
+def test_a_leash_that_was_killed_leaves_its_folder_to_us(phone, opened, home):
+    device = TermuxDevice(opened)
+    (folder,) = home.iterdir()
+    for number in processes_naming(str(folder)):
+        os.kill(number, signal.SIGKILL)
+    with pytest.raises(DeviceUnreachable):
+        device.run({"op": "facts"})
+    device.close()
+    assert list(home.iterdir()) == []
 
 
 def test_a_closed_device_is_closed(opened, home):
