@@ -482,7 +482,7 @@ def test_an_interruption_ends_the_wait_for_a_hot_phone(phone, files):
     phone.write("dumpsys/thermalservice", COOL.replace("Thermal Status: 0", "Thermal Status: 2"))
     with open_phone(phone, files, patience_s=600.0) as device:
         threading.Timer(0.5, device.link.interrupt).start()
-        with pytest.raises(DeviceUnreachable, match="an interruption"):
+        with pytest.raises(DeviceUnreachable, match="plug it in again and go on"):
             measure_phone(device, two(files))
     assert phone.modes() == []
 

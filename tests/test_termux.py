@@ -297,16 +297,22 @@ def test_more_output_than_a_limit_is_not_heard(opened, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "said", ["no answer", '{"ended": "exit", "returncode": 0, "stderr": "", "stdout_bytes": 1e99}', "x" * 200_000]
+    ("said", "words"),
+    [
+        ("no answer", "a line that is no answer: no answer"),
+        ('{"ended": "exit", "returncode": 0, "stderr": "", "stdout_bytes": 1e99}', "a line that is no answer"),
+        ('{"ended": "exit", "returncode": 0, "stderr": "", "stdout_bytes": 99999999}', "a line that is no answer"),
+        ("x" * 200_000, "far too much said"),
+    ],
 )
-def test_a_leash_that_is_none_is_not_believed(phone, opened, home, said):
+def test_a_leash_that_is_none_is_not_believed(phone, opened, home, said, words):
     greeting = '{"leash": 1, "removed": 0}'
     program = phone.termux / "usr" / "bin" / "python3"
     program.write_text(f"#!/bin/sh\necho '{greeting}'; read -r order; echo '{said}'; exec sleep 60\n")
     with TermuxDevice(opened) as device:
-        with pytest.raises(DeviceUnreachable, match="expected an answer of adb:"):
+        with pytest.raises(DeviceUnreachable, match=f"expected an answer of adb:.*, got: {words}"):
             device.run({"op": "facts"})
-        with pytest.raises(DeviceUnreachable):
+        with pytest.raises(DeviceUnreachable, match=words):
             device.run({"op": "facts"})
 
 
