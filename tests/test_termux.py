@@ -308,7 +308,7 @@ def test_more_output_than_a_limit_is_not_heard(opened, tmp_path):
 def test_a_leash_that_is_none_is_not_believed(phone, opened, home, said, words):
     greeting = '{"leash": 1, "removed": 0}'
     program = phone.termux / "usr" / "bin" / "python3"
-    program.write_text(f"#!/bin/sh\necho '{greeting}'; read -r order; echo '{said}'; exec sleep 60\n")
+    program.write_text(f"#!/bin/sh\necho '{greeting}'; read -r order; echo '{said}'; exec /bin/sleep 60\n")
     with TermuxDevice(opened) as device:
         with pytest.raises(DeviceUnreachable, match=f"expected an answer of adb:.*, got: {words}"):
             device.run({"op": "facts"})
@@ -318,7 +318,7 @@ def test_a_leash_that_is_none_is_not_believed(phone, opened, home, said, words):
 
 def test_a_leash_that_never_greets_is_given_up(phone, opened, home, monkeypatch):
     monkeypatch.setattr("tacit.devices.adb_leash._GRACE_S", 1.0)
-    (phone.termux / "usr" / "bin" / "python3").write_text('#!/bin/sh\ntest "$1" = --version || exec sleep 60\n')
+    (phone.termux / "usr" / "bin" / "python3").write_text('#!/bin/sh\ntest "$1" = --version || exec /bin/sleep 60\n')
     with pytest.raises(ModuleNotFoundError, match=r"expected Python 3.9 or newer"):
         TermuxDevice(opened)
 
