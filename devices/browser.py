@@ -24,7 +24,7 @@ from tacit.devices.browser_parity import TYPES, is_shape
 from tacit.devices.browser_server import Served, serve
 from tacit.devices.browser_session import ModelState, PageSession
 from tacit.devices.device import Artifact
-from tacit.devices.entries import Entry, accuracy_entry, entry_of, flagged, result_key, sustained_entry
+from tacit.devices.entries import Entry, accuracy_entry, delegate_of, entry_of, flagged, result_key, sustained_entry
 from tacit.devices.protocol import SCHEMA_VERSION, Evaluation
 from tacit.devices.schedule import Mode
 
@@ -164,6 +164,7 @@ class _Run:
             **entry,
             "key": result_key(sha256=entry["sha256"], runtime=model.runtime, mode=self.mode, threads=1),
             "runtime": model.runtime,
+            "delegate": delegate_of(model.runtime.lower()),
             "phone": phone_of(self.session.facts),
             "load_us": None if model.load_ns is None else model.load_ns / 1000,
         }

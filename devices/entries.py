@@ -21,6 +21,15 @@ from tacit.devices.statistics import (
 )
 
 Entry = dict[str, Any]
+_DELEGATES = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-web": "wasm",
+    "litert": "XNNPACK, its default",
+    "litert.js": "wasm",
+    "tflite-runtime": "its default",
+    "executorch": "as the file was lowered",
+    "benchmark_model": "its default",
+}
 _PLOT_POINTS = 256
 _BLOCK_MEDIANS = 512
 _LISTED_OPERATORS = 32
@@ -33,6 +42,15 @@ def result_key(*, sha256: str, runtime: str, mode: str, threads: int) -> str:
     'ab-litert-quick-1'
     """
     return f"{sha256}-{runtime}-{mode}-{threads}"
+
+
+def delegate_of(runtime: str) -> str | None:
+    """What computes for a runtime, as it is opened for a measurement: of the same build and version as that.
+
+    >>> delegate_of("onnxruntime")
+    'CPUExecutionProvider'
+    """
+    return _DELEGATES.get(runtime)
 
 
 def key_of(placed: Placed, mode: str) -> str:
@@ -64,6 +82,7 @@ def entry_of(placed: Placed, group: TimedGroup, reference: Placed, mode: str) ->
         "key": key_of(placed, mode),
         "sha256": placed.sha256,
         "runtime": placed.runtime,
+        "delegate": delegate_of(placed.runtime),
         "threads": placed.artifact.threads,
         **asdict(latency),
         "ci": {percentile: list(bounds) if bounds else None for percentile, bounds in latency.ci.items()},

@@ -12,7 +12,7 @@ from tacit.devices.asking import identify
 from tacit.devices.benchmark_tool import Round, Turn, believe_operators_csv, believe_round
 from tacit.devices.conditions import Conditions
 from tacit.devices.device import Artifact, Placed
-from tacit.devices.entries import Entry, profile_entry, result_key
+from tacit.devices.entries import Entry, delegate_of, profile_entry, result_key
 from tacit.devices.phone_entries import relative_entry, summary_entry
 from tacit.devices.sandbox import ArtifactRefused
 from tacit.devices.schedule import Mode, plan
@@ -215,6 +215,7 @@ class _Work:
             "key": self._key(lane.placed),
             "sha256": lane.placed.sha256,
             "runtime": _TOOL,
+            "delegate": delegate_of(_TOOL),
             "threads": lane.placed.artifact.threads,
             **summary_entry(lane.rounds, before, after),
             "relative": None if lane is first else relative_entry(lane.rounds, first.rounds, first.name),

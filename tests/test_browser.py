@@ -201,6 +201,7 @@ def test_what_a_page_tells_becomes_a_result_like_those_of_other_devices(models, 
         result = made.finished()
     json.dumps(result, allow_nan=False)
     first, second = result["artifacts"]["float32"], result["artifacts"]["small"]
+    assert first["delegate"] == "wasm"
     assert first["phone"] == second["phone"] == "browser: Chrome 156, Android; 8 cores"
     assert (result["label"], result["device"], result["mode"]) == (
         "in-browser",

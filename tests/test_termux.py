@@ -100,6 +100,7 @@ def test_a_model_is_measured_with_samples_accuracy_and_what_the_phone_says_of_it
     assert entry["n"] >= 64
     assert 0 < entry["p50_us"] <= entry["p90_us"]
     assert entry["accuracy"]["top1"]["estimate"] == 1.0
+    assert entry["delegate"] == "CPUExecutionProvider"
     assert result["artifacts"]["b"]["relative"]["to"] == "a"
     assert "governor" not in entry["flags"], "the clocks are held"
     before = result["conditions"]["onnxruntime"]["before"]
