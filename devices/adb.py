@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tacit.devices.adb_link import AdbLink, open_link
+from tacit.devices.adb_link import AdbLink
+from tacit.devices.adb_phones import open_link
 from tacit.devices.answers import DeviceUnreachable, printable
 from tacit.devices.benchmark_tool import MAX_OUTPUT_BYTES, Turn, elf_abi, refuse_failed, tool_arguments
 from tacit.devices.conditions import Conditions, believe_readings, interpret, watch

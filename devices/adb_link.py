@@ -1,4 +1,4 @@
-"""One phone behind this computer's adb server: chosen, given files and commands, heard within limits.
+"""One phone behind this computer's adb server: given files and commands, heard within limits.
 
 Commands are lists of arguments, quoted each, and what comes back is read in bounded pieces here: adbutils itself would
 read on as long as a phone sends, and would not say why a phone refuses a file.
@@ -7,13 +7,10 @@ read on as long as a phone sends, and would not say why a phone refuses a file.
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import select
 import shlex
 import socket
 import struct
-import subprocess
 import threading
 import time
 import weakref
@@ -23,111 +20,12 @@ from typing import Any
 from tacit.devices.adb_shell import STDERR, STDOUT, Said, Shell
 from tacit.devices.answers import DeviceFull, DeviceUnreachable, printable
 
-__all__ = ["AdbLink", "choose", "open_link", "parse_target"]
+__all__ = ["GRACE_S", "AdbLink", "breaks", "reason_of"]
 
-_TARGET = re.compile(r"adb(?::(?P<serial>[A-Za-z0-9\[][A-Za-z0-9._:%\[\]-]{0,127}))?")
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 _CHUNK_BYTES = 1 << 16  # the most that the sync protocol takes at once
 _MAX_SAID_BYTES = 1 << 16
-_GRACE_S = 20.0
+GRACE_S = 20.0
 _LEAST_RATE = 200_000  # bytes a second; a slower transfer is given up
-_WHAT_TO_DO = {
-    "unauthorized": "unlock the phone and accept its question about this computer's key",
-    "authorizing": "unlock the phone and accept its question about this computer's key",
-    "offline": "plug it in again, or `adb reconnect offline`",
-    "connecting": "wait for it, or plug it in again",
-    "no": "give this user the right to use its USB device (udev rules), then `adb kill-server`",  # "no permissions"
-}
-
-
-def parse_target(text: str) -> str | None:
-    """Read ``adb[:serial]``; the serial is None where none is given.
-
-    Raises:
-        ValueError: It is no such text.
-
-    >>> parse_target("adb:192.168.1.20:5555"), parse_target("adb")
-    ('192.168.1.20:5555', None)
-    >>> parse_target("adb:x; rm -rf /")
-    Traceback (most recent call last):
-        ...
-    ValueError: expected adb or adb:SERIAL, got device='adb:x; rm -rf /'; take a serial that `adb devices` shows
-    """
-    found = _TARGET.fullmatch(text)
-    if found is None:
-        shown = printable(text)
-        raise ValueError(f"expected adb or adb:SERIAL, got device={shown!r}; take a serial that `adb devices` shows")
-    return found["serial"]
-
-
-def choose(serial: str | None, states: Sequence[tuple[str, str]]) -> str:
-    """Return the serial of the phone that is meant and that answers.
-
-    Args:
-        serial: That is asked for; None where there should be one phone only.
-        states: Serial and state of each that the adb server knows.
-
-    Raises:
-        DeviceUnreachable: There is none, it does not answer, or there are several and none is named.
-
-    >>> choose(None, [("R5CT1", "device")])
-    'R5CT1'
-    >>> choose(None, [("R5CT1", "device"), ("R5CT2", "device")])
-    Traceback (most recent call last):
-        ...
-    tacit.devices.answers.DeviceUnreachable: expected one phone at adb, got 2: R5CT1, R5CT2; name one as adb:SERIAL
-    """
-    shown = ", ".join(printable(found) for found, _ in states[:8])
-    if not states:
-        raise DeviceUnreachable(
-            "expected a phone at adb, got none; plug it in and switch on USB debugging, or `adb connect ADDRESS`"
-        )
-    if serial is None and len(states) > 1:
-        raise DeviceUnreachable(f"expected one phone at adb, got {len(states)}: {shown}; name one as adb:SERIAL")
-    chosen, state = next(((one, state) for one, state in states if serial in (None, one)), (None, ""))
-    if chosen is None:
-        raise DeviceUnreachable(f"expected the phone {serial} at adb, got {shown}; plug it in, or name another")
-    if state != "device":
-        advice = _WHAT_TO_DO.get(state, "start Android on it")
-        what = "no permissions" if state == "no" else printable(state)
-        raise DeviceUnreachable(f"expected the phone {printable(chosen)} to be ready, got: {what}; {advice}")
-    return chosen
-
-
-def open_link(target: str) -> AdbLink:
-    """Find the phone, starting an adb server where none runs yet.
-
-    The server is that of adb's own ``ANDROID_ADB_SERVER_PORT``.
-
-    Raises:
-        DeviceUnreachable: There is no server, or the phone does not answer, or is older than Android 7.
-        ModuleNotFoundError: adbutils is not installed.
-        ValueError: The target is none.
-    """
-    serial = parse_target(target)
-    try:
-        import adbutils
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("expected adbutils for a phone; pip install 'tacit[devices]'") from None
-    except ValueError:  # it reads this variable as it is imported
-        port = printable(os.environ.get("ANDROID_ADB_SERVER_PORT", ""))
-        raise DeviceUnreachable(f"expected a port, got ANDROID_ADB_SERVER_PORT={port!r}; unset it") from None
-    client = adbutils.AdbClient(socket_timeout=_GRACE_S)
-    try:
-        _start_server(client)
-        chosen = choose(serial, [(found.serial, found.state) for found in client.list()])
-        with client.make_connection() as connection:
-            connection.send_command(f"host-serial:{chosen}:features")
-            connection.check_okay()
-            features = connection.read_string_block()
-    except _breaks() as error:
-        if isinstance(error, DeviceUnreachable):
-            raise
-        why = _reason(error)
-        raise DeviceUnreachable(f"expected an answer of the adb server, got: {why}; try `adb devices`") from error
-    if "shell_v2" not in features.split(","):
-        raise DeviceUnreachable(f"expected Android 7 or newer on {chosen}, got an older adbd; name another phone")
-    return AdbLink(client, name=target, serial=chosen)
 
 
 class AdbLink:
@@ -144,7 +42,7 @@ class AdbLink:
         """Break off what is under way, from another thread; the phone may then be tidied up."""
         self.interrupted.set()
         for connection in list(self._connections):
-            with contextlib.suppress(*_breaks()):
+            with contextlib.suppress(*breaks()):
                 connection.conn.shutdown(socket.SHUT_RDWR)
 
     def go_on(self) -> None:
@@ -156,7 +54,7 @@ class AdbLink:
         self,
         arguments: Sequence[str],
         *,
-        limit_s: float = _GRACE_S,
+        limit_s: float = GRACE_S,
         most_bytes: int = _MAX_SAID_BYTES,
         heard: bytearray | None = None,
     ) -> Said:
@@ -166,7 +64,7 @@ class AdbLink:
             DeviceUnreachable: The connection was lost.
         """
         stdout, stderr, deadline_s = bytearray() if heard is None else heard, bytearray(), time.monotonic() + limit_s
-        with self._opened(_shell_service(arguments), min(limit_s, _GRACE_S)) as connection:
+        with self._opened(_shell_service(arguments), min(limit_s, GRACE_S)) as connection:
             ended, returncode = Shell(connection).listen({STDOUT: stdout, STDERR: stderr}, deadline_s, most_bytes)
         return Said(ended=ended, returncode=returncode, stdout=bytes(stdout), stderr=bytes(stderr))
 
@@ -177,8 +75,8 @@ class AdbLink:
             DeviceUnreachable: The connection was lost.
         """
         stdout, stderr = bytearray(), bytearray()
-        deadline_s = time.monotonic() + _GRACE_S + len(content) / _LEAST_RATE
-        with self._opened(_shell_service(arguments), _GRACE_S) as connection:
+        deadline_s = time.monotonic() + GRACE_S + len(content) / _LEAST_RATE
+        with self._opened(_shell_service(arguments), GRACE_S) as connection:
             shell = Shell(connection)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reading finds out why
                 shell.write(content, deadline_s)
@@ -193,9 +91,9 @@ class AdbLink:
             DeviceUnreachable: The connection was lost.
         """
         with self.guarded():
-            return Shell(self._connect(_shell_service(arguments), _GRACE_S))
+            return Shell(self._connect(_shell_service(arguments), GRACE_S))
 
-    def hear(self, arguments: Sequence[str], *, limit_s: float = _GRACE_S) -> str:
+    def hear(self, arguments: Sequence[str], *, limit_s: float = GRACE_S) -> str:
         """What a short command says, as text; its exit status is of no interest.
 
         Raises:
@@ -217,8 +115,8 @@ class AdbLink:
         wanted = f"{path},{0o100700 if executable else 0o100600}".encode()
         pieces = [content[start : start + _CHUNK_BYTES] for start in range(0, len(content), _CHUNK_BYTES)]
         messages = [_message(b"SEND", wanted), *(_message(b"DATA", piece) for piece in pieces)]
-        deadline_s = time.monotonic() + _GRACE_S + len(content) / _LEAST_RATE
-        with self._opened("sync:", _GRACE_S) as connection:
+        deadline_s = time.monotonic() + GRACE_S + len(content) / _LEAST_RATE
+        with self._opened("sync:", GRACE_S) as connection:
             _send_all(connection.conn, [*messages, b"DONE" + struct.pack("<I", int(time.time()))], deadline_s)
             connection.conn.settimeout(_left_s(deadline_s))
             kind, length = struct.unpack("<4sI", connection.read_exact(8))
@@ -240,10 +138,10 @@ class AdbLink:
         """What breaks a connection here is said as ``DeviceUnreachable``."""
         try:
             yield
-        except _breaks() as error:
+        except breaks() as error:
             if isinstance(error, DeviceUnreachable | DeviceFull):
                 raise
-            raise DeviceUnreachable(self.lost(_reason(error))) from error
+            raise DeviceUnreachable(self.lost(reason_of(error))) from error
 
     @contextlib.contextmanager
     def _opened(self, service: str, limit_s: float) -> Iterator[Any]:
@@ -288,30 +186,14 @@ def _left_s(deadline_s: float) -> float:
     return max(0.001, deadline_s - time.monotonic())
 
 
-def _start_server(client: Any) -> None:
-    """Start the server here and not in adbutils, which lets it write to our output."""
-    import adbutils
-
-    with contextlib.suppress(OSError):
-        socket.create_connection((client.host, client.port), timeout=3).close()
-        return
-    where = f"{printable(client.host)}:{client.port}"
-    if client.host not in _LOCAL:
-        raise DeviceUnreachable(f"expected an adb server at {where}, got none; start it there")
-    command, quiet = [adbutils.adb_path(), "start-server"], subprocess.DEVNULL
-    try:
-        subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet, timeout=_GRACE_S, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise DeviceUnreachable(f"expected an adb server at {where}, got none; try `adb start-server`") from error
-
-
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What an error says, in printable words."""
     if isinstance(error, TimeoutError) or type(error).__name__ == "AdbTimeout":
         return "nothing in time"
     return printable(str(error)) or type(error).__name__
 
 
-def _breaks() -> tuple[type[Exception], ...]:
+def breaks() -> tuple[type[Exception], ...]:
     """The errors that a connection ends in; the adb server's numbers that are none raise ValueError in adbutils."""
     import adbutils
 

@@ -106,7 +106,7 @@ def check_device(name: str) -> str:
 
         parse_host(name)
     if name.startswith("adb:"):
-        from tacit.devices.adb_link import parse_target as parse_serial
+        from tacit.devices.adb_phones import parse_target as parse_serial
 
         parse_serial(name)
     return name

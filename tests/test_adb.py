@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from tacit.devices.adb import AdbDevice, DeviceUnfit
-from tacit.devices.adb_link import AdbLink, choose, open_link
+from tacit.devices.adb_link import AdbLink
+from tacit.devices.adb_phones import choose, open_link
 from tacit.devices.answers import DeviceFull, DeviceUnreachable
 from tacit.devices.benchmark_tool import Round, Turn, believe_operators_csv, believe_round
 from tacit.devices.phone_measurement import measure_phone

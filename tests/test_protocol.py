@@ -255,6 +255,37 @@ def test_what_is_asked_for_beside_the_latency_is_measured_or_said_not_to_be(tmp_
     assert ("energy" in entry["not_measured"]) == (entry["energy"] is None)
 
 
+# Conditions, as values.
+
+
+@pytest.mark.parametrize(("is_fixed", "flags"), [(None, ("governor",)), (False, ("governor",)), (True, ())])
+def test_a_clock_that_may_change_is_flagged_unless_a_phone_holds_it(is_fixed, flags):
+    after = {"governor": "schedutil", "fixed_performance": is_fixed}
+    assert judge(np.full(64, 5000), before=after, after=after).flags == flags
+
+
+def test_a_devices_own_words_go_before_its_files_where_it_has_some(tmp_path):
+    class Told(LocalDevice):
+        """Whose own words know better than its files, where they know anything."""
+
+        def run(self, request):
+            answer = super().run(request)
+            if request["op"] != "time":
+                return answer
+            read = {
+                "/sys/class/thermal/thermal_zone0/temp": "48250",
+                "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1800000",
+            }
+            words = {"temperature_c": 31.0, "cur_freq_khz": None, "battery_percent": 84}
+            return {**answer, "readings": [read, read], "before": words, "after": words}
+
+    artifact = Artifact(name="m", path=write(tmp_path / "m.onnx", onnx_bytes((3, 2, 2))))
+    with Told() as device:
+        result = measure(device, [artifact], INPUTS)
+    before = result["conditions"]["onnxruntime"]["before"]
+    assert (before["temperature_c"], before["cur_freq_khz"], before["battery_percent"]) == (31.0, 1_800_000, 84)
+
+
 # Sustained runs, as values.
 
 

@@ -311,8 +311,9 @@ def test_a_leash_that_is_none_is_not_believed(phone, opened, home, said, words):
     program = phone.termux / "usr" / "bin" / "python3"
     program.write_text(f"#!/bin/sh\necho '{greeting}'; read -r order; echo '{said}'; exec /bin/sleep 60\n")
     with TermuxDevice(opened) as device:
-        with pytest.raises(DeviceUnreachable, match=f"expected an answer of adb:.*, got: {words}"):
+        with pytest.raises(DeviceUnreachable, match=f"expected an answer of adb:.*, got: {words}") as caught:
             device.run({"op": "facts"})
+        assert str(caught.value).count("expected an answer") == 1
         with pytest.raises(DeviceUnreachable, match=words):
             device.run({"op": "facts"})
 
