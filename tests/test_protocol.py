@@ -279,7 +279,7 @@ def test_a_devices_own_words_go_before_its_files_where_it_has_some(tmp_path):
             words = {"temperature_c": 31.0, "cur_freq_khz": None, "battery_percent": 84}
             return {**answer, "readings": [read, read], "before": words, "after": words}
 
-    artifact = Artifact(name="m", path=write(tmp_path / "m.onnx", onnx_bytes((3, 2, 2))))
+    artifact = Artifact(name="m", path=write(tmp_path / "m.onnx", onnx_bytes(8)))
     with Told() as device:
         result = measure(device, [artifact], INPUTS)
     before = result["conditions"]["onnxruntime"]["before"]
