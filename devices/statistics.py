@@ -124,9 +124,10 @@ def percentile_interval(samples: Samples, percentile: float, *, confidence: floa
     high_rank = int(np.searchsorted(below, 1 - tail, side="left")) + 1  # the least u with P(u or more) <= tail
     if low_rank < 1 or high_rank > count:
         return None
-    # The rank among all that stands for a rank among the effective ones, in whole numbers: no rounding beyond the last.
-    low_rank, high_rank = low_rank * len(ordered) // count, -(-high_rank * len(ordered) // count)
-    return float(ordered[low_rank - 1]), float(ordered[high_rank - 1])
+    # The share of all samples that stands for a rank among the effective ones, with a correction for continuity: the
+    # last of six is the 91.7th hundredth, not the slowest run of all. Among as many as there are it is the rank itself.
+    low, high = (math.ceil((rank - 0.5) * len(ordered) / count) for rank in (low_rank, high_rank))
+    return float(ordered[low - 1]), float(ordered[high - 1])
 
 
 def _effective_count(is_below: npt.NDArray[np.bool_]) -> int:
