@@ -170,6 +170,12 @@ class AdbDevice:
         tool = hashlib.sha256(self._tool).hexdigest() if self._tool else None
         return {**self._facts, "benchmark_model_sha256": tool}
 
+    def identity(self) -> str:
+        """Tell this phone from another one: maker, model, processor, and a digest of its serial number."""
+        facts = self.facts()
+        what, unit = str(facts.get("cpu") or self.name), facts.get("unit")
+        return f"{what} (unit {unit})" if unit else what
+
     def health(self) -> Health:
         """What the phone says of its heat and its battery."""
         return read_health(self._link.hear(["dumpsys", "thermalservice"]), self._link.hear(["dumpsys", "battery"]))
@@ -194,10 +200,14 @@ class AdbDevice:
             DeviceUnreachable: The connection was lost.
         """
         deadline_s = time.monotonic() + self._patience_s
+        is_told = False
         while (reasons := (health := self.health()).reasons()) and not self._regardless:
             left_s = deadline_s - time.monotonic()
             if health.thermal_status and len(reasons) == 1 and left_s > 0:
-                say(f"{self.name}: waiting for it to cool down, thermal status {health.thermal_status}")
+                if not is_told:
+                    most = f"at most {self._patience_s:.0f} s; or measure it regardless"
+                    say(f"waiting for it to cool down, thermal status {health.thermal_status}, {most}")
+                is_told = True
                 self._link.interrupted.wait(min(_POLL_S, left_s))
                 self._link.go_on()
                 continue

@@ -75,6 +75,8 @@ class Sustained:
     asked_s: float
     energy: dict[str, Any] | None = None
     why_no_energy: str = ""
+    steal_share: float | None = None
+    waiting_share: float | None = None
 
 
 def put_inputs(device: Device, inputs: Sequence[Values]) -> tuple[str, ...]:
@@ -197,6 +199,8 @@ def sustain(session: Session, placed: Placed, seconds: float) -> Sustained:
         asked_s=seconds,
         energy=energy,
         why_no_energy=why,
+        steal_share=steal_share(found[first], found[-1]),
+        waiting_share=waiting_share(found[first], found[-1]),
     )
 
 

@@ -1,5 +1,6 @@
 """What a result says of one artifact, ready for JSON: what was not measured is None, never 0."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,12 +12,13 @@ from tacit.devices.answers import Timed
 from tacit.devices.asking import Sustained, TimedGroup
 from tacit.devices.device import Placed
 from tacit.devices.judgement import has_slowed, judge
-from tacit.devices.ratios import Series, block_medians, joined_ratio, log_ratios, ratio_interval, thinned
+from tacit.devices.ratios import Series, block_medians, joined_ratio, log_ratios, ratio_interval, student_t, thinned
 from tacit.devices.side_answers import ColdStart, Operator
 from tacit.devices.statistics import (
     BLOCK_COUNTS,
     median_interval,
     percentile_estimate,
+    standard_error,
     wilson_interval,
 )
 
@@ -32,6 +34,7 @@ _DELEGATES = {
 }
 _PLOT_POINTS = 256
 _BLOCK_MEDIANS = 512
+_LEAST_SECONDS = 3
 _LISTED_OPERATORS = 32
 
 
@@ -179,7 +182,9 @@ def sustained_entry(run: Sustained) -> Entry | None:
     if not busy:
         return None
     medians_us = np.array([bucket.median_us for bucket, _ in busy])
-    tenth = max(1, len(medians_us) // 10)
+    # A tenth at either end, and of a short run what a spread can be told of.
+    end = max(1, len(medians_us) // 10, min(3, len(medians_us) // 3))
+    change = float(np.median(medians_us[-end:]) / np.median(medians_us[:end]))
     return {
         "asked_s": run.asked_s,
         "start_s": [round(bucket.start_s - busy[0][0].start_s, 3) for bucket, _ in busy],
@@ -187,9 +192,21 @@ def sustained_entry(run: Sustained) -> Entry | None:
         "runs": [bucket.runs for bucket, _ in busy],
         "temperature_c": [conditions.get("temperature_c") for _, conditions in busy],
         "cur_freq_khz": [conditions.get("cur_freq_khz") for _, conditions in busy],
-        "change": round(float(np.median(medians_us[-tenth:]) / np.median(medians_us[:tenth])) - 1, 4),
+        "change": round(change - 1, 4),
+        "change_ci": _change_interval(change, medians_us[:end], medians_us[-end:]),
         "throttled": has_slowed(medians_us, run.start, busy[-1][1]),
+        "steal_share": run.steal_share,
+        "waiting_share": run.waiting_share,
     }
+
+
+def _change_interval(change: float, first_us: Series, last_us: Series) -> list[float] | None:
+    """What the spread of the seconds at either end leaves open of the change between them, at 95 %."""
+    if len(first_us) < _LEAST_SECONDS:
+        return None
+    error = float(np.hypot(standard_error(np.log(first_us)), standard_error(np.log(last_us))))
+    reach = student_t(len(first_us) - 1, 0.95) * error
+    return [round(change * math.exp(side * reach) - 1, 4) for side in (-1, 1)]
 
 
 def profile_entry(found: Sequence[Operator], runs: int) -> Entry:

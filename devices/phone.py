@@ -1,5 +1,6 @@
 """What a phone says of itself, understood: processor, Android, heat, battery. Nothing is believed beyond its range."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ PROPERTIES = {
     "android": "ro.build.version.release",
     "sdk": "ro.build.version.sdk",
     "abis": "ro.product.cpu.abilist",
+    "serial": "ro.serialno",
 }
 _CPU_NAMES = (("maker", "model"), ("soc_maker", "soc"))
 _MAX_CORES = 64
@@ -103,6 +105,7 @@ def phone_facts(
     ('G P7, T1', '0xd05 x2', '10 x1, 20 x1', 34)
     """
     told = {name: value or None for name, value in zip(PROPERTIES, properties, strict=False)}
+    serial = told.pop("serial", None)
     sdk = told.get("sdk") or ""
     parts = Counter(re.findall(r"^CPU part\s*: (0x[0-9a-f]{1,4})\s*$", cpuinfo, re.MULTILINE)[:_MAX_CORES])
     named = [" ".join(filter(None, (told.get(maker), told.get(what)))) for maker, what in _CPU_NAMES]
@@ -110,6 +113,8 @@ def phone_facts(
         {
             **told,
             "sdk": int(sdk) if re.fullmatch(r"\d{1,4}", sdk) and 0 < int(sdk) < _MAX_SDK else None,
+            # Its serial number is nobody's business; that it is the same phone as the last time is ours.
+            "unit": hashlib.sha256(serial.encode()).hexdigest()[:6] if serial else None,
             "cpu": ", ".join(filter(None, named)) or None,
             "cpu_parts": _counted(parts) or None,
             "cores": len(clocks) or None,

@@ -68,7 +68,7 @@ def measure_phone(
         artifacts: Model files, no two of one name.
         mode: "quick" or "full".
         profile: Also the times of the operators, in a run of its own.
-        known: Entries of earlier results of this phone, by their ``key``. Such an artifact is not measured again.
+        known: Entries of earlier results, by their ``key``. Such an artifact is not measured again on the same phone.
         keep: Called with the name and the entry of each artifact as soon as it is complete.
         progress: Called with a line for people before each step.
 
@@ -90,8 +90,9 @@ def measure_phone(
     if len(set(names)) != len(names):
         raise ValueError(f"expected artifacts of different names, got names={names}; rename one")
     schedule, say = _schedule(mode), progress or (lambda message: None)
-    facts = believe_facts(device.facts())
-    work = _Work(device=device, schedule=schedule, mode=mode, say=say, known=known or {}, keep=keep)
+    facts, phone = believe_facts(device.facts()), device.identity()
+    earlier = {key: entry for key, entry in (known or {}).items() if entry.get("phone") == phone}
+    work = _Work(device=device, schedule=schedule, mode=mode, say=say, known=earlier, keep=keep)
     for artifact in artifacts:
         with work.blamed(artifact.name):
             work.take(artifact)
@@ -130,7 +131,7 @@ class _Work:
         keep: Callable[[str, Entry], None] | None,
     ) -> None:
         self._device, self._schedule, self._mode, self._say = device, schedule, mode, say
-        self._known, self._keep = known, keep
+        self._known, self._keep, self._phone = known, keep, device.identity()
         self.waiting: list[Placed] = []
         self.entries: dict[str, Entry] = {}
         self.failed: dict[str, str] = {}
@@ -216,6 +217,7 @@ class _Work:
             "sha256": lane.placed.sha256,
             "runtime": _TOOL,
             "delegate": delegate_of(_TOOL),
+            "phone": self._phone,
             "threads": lane.placed.artifact.threads,
             **summary_entry(lane.rounds, before, after),
             "relative": None if lane is first else relative_entry(lane.rounds, first.rounds, first.name),

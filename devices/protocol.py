@@ -116,7 +116,9 @@ def measure(
         schedule=schedule,
         affinity=facts.get("affinity"),
     )
-    collected = _Collected(session=session, extras=extras, known=known or {}, keep=keep or _keep_nothing, say=say)
+    about = {"cpu": facts.get("cpu")}
+    told = keep or _keep_nothing
+    collected = _Collected(session=session, extras=extras, known=known or {}, about=about, keep=told, say=say)
     identified = [found for artifact in artifacts if (found := collected.identified(artifact)) is not None]
     for runtime, threads in dict.fromkeys((item.runtime, item.artifact.threads) for item in identified):
         group = [item for item in identified if (item.runtime, item.artifact.threads) == (runtime, threads)]
@@ -142,10 +144,12 @@ class _Collected:
         session: Session,
         extras: Extras,
         known: Mapping[str, Entry],
+        about: Entry,
         keep: Callable[[str, Entry], None],
         say: Callable[[str], None],
     ) -> None:
         self._session, self._extras, self._known, self._keep, self._say = session, extras, known, keep, say
+        self._about = about
         self.entries: dict[str, Entry] = {}
         self.failed: dict[str, str] = {}
         self.conditions: dict[str, dict[str, Any]] = {}
@@ -217,7 +221,7 @@ class _Collected:
             entry = flagged(entry, "throttled")
         if parts and entry["profile"] is None and "profile" in parts:
             reasons.setdefault("profile", f"{item.runtime} has no profiler in Python")
-        return {**entry, "not_measured": reasons}
+        return {**self._about, **entry, "not_measured": reasons}
 
     def _sustained(self, item: Placed) -> Entry:
         run = sustain(self._session, item, self._extras.sustained_s or 0.0)

@@ -181,9 +181,11 @@ def _refuse_key(
             f"expected the host key of {place} that {where} has ({old}), got another, {got}; somebody may be in "
             f"between: only if you know why it changed, ssh-keygen -f {where} -R '{place}' and add the new one"
         )
+    made = "" if Path(where).parent.is_dir() else f"mkdir -p {Path(where).parent} && "
     raise HostKeyRefused(
-        f"expected the host key of {place} in {where}, got one that is not there, {got}; if `ssh-keygen -lf "
-        f"/etc/ssh/ssh_host_*_key.pub` shows it on the device itself: ssh-keyscan {flag}{host} >> {where}"
+        f"expected the host key of {place} in {where}, got one that is not there, {got}; if `cat "
+        "/etc/ssh/ssh_host_*_key.pub | ssh-keygen -lf -` shows it on the device itself: "
+        f"{made}ssh-keyscan {flag}{host} >> {where}"
     )
 
 

@@ -205,6 +205,8 @@ def measure_termux(
 ) -> dict[str, Any]:
     """Measure model files on a phone by Termux's Python: ``protocol.measure``, cool, charged and with clocks held.
 
+    Entries say on which ``phone``; ``known`` ones of another are measured again.
+
     Raises:
         ModuleNotFoundError: Termux is not there, or adb may not enter it, or it has no Python.
         DeviceUnfit: The phone is too hot or too low.
@@ -214,11 +216,23 @@ def measure_termux(
     say = progress or (lambda message: None)
     threads = max([artifact.threads for artifact in artifacts], default=1)
     phone.wait_until_fit(say)
+    identity, tell = {"phone": phone.identity()}, keep or (lambda name, entry: None)
+    earlier = {key: entry for key, entry in (known or {}).items() if entry.get("phone") == identity["phone"]}
     with (
         phone.fixed_performance(say) as is_fixed,
         TermuxDevice(phone, threads=threads, is_fixed=is_fixed) as device,
     ):
-        return measure(device, artifacts, inputs, mode=mode, extras=extras, known=known, keep=keep, progress=progress)
+        result = measure(
+            device,
+            artifacts,
+            inputs,
+            mode=mode,
+            extras=extras,
+            known=earlier,
+            keep=lambda name, entry: tell(name, {**entry, **identity}),
+            progress=progress,
+        )
+    return {**result, "artifacts": {name: {**entry, **identity} for name, entry in result["artifacts"].items()}}
 
 
 def _with_battery(answer: dict[str, Any], battery: Sequence[Readings]) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from tacit.edge.cli_output import Outcome
-from tacit.edge.measure_lines import comparison_lines, result_lines
+from tacit.edge.measure_lines import comparison_doubts, comparison_lines, result_lines, wrapped
 from tacit.edge.recipe import RecipeInvalid
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def measure(
     device: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
     mode: Literal["quick", "full"] | None = None,
     again: Annotated[bool, Parameter(negative="")] = False,
+    forget: Annotated[bool, Parameter(negative="")] = False,
     inputs: Path | None = None,
     sustained: float | None = None,
     profile: Annotated[bool, Parameter(negative="")] = False,
@@ -54,6 +55,7 @@ def measure(
             adb[:serial], browser; may be repeated. By default the recipe's.
         mode: quick (about 10 s for two artifacts) or full (a minute).
         again: Measure anew what was measured already.
+        forget: Remove what is known of these devices instead of measuring.
         inputs: A .npy file (n, *shape) of real inputs as the model file takes them.
         sustained: Seconds of sustained load per artifact, for heat and energy; on a battery after as long a rest.
         profile: Time operators too, where the runtime can.
@@ -68,14 +70,25 @@ def measure(
         compare: Two results (measure/DEVICE.json, or run directories) instead of measuring.
     """
     if compare is not None:
+        if target is not None or device or inputs is not None:
+            raise RecipeInvalid("expected two results alone, got a target, a device or inputs, too", "--compare")
         return _compared(*compare)
     if target is None:
         raise RecipeInvalid("expected a run directory or a model file, got none; name one", "tacit measure")
+    files = {"--key": key, "--known-hosts": known_hosts, "--benchmark-model": benchmark_model, "--inputs": inputs}
+    _check_options(target, port, files)
     if sustained is not None and not 1 <= sustained <= _MOST_SUSTAINED_S:
         raise RecipeInvalid(f"expected 1 to {_MOST_SUSTAINED_S} seconds, got {sustained}; name as many", "--sustained")
-    from tacit.edge.fleet import Access
+    from tacit.edge.fleet import Access, check_device
     from tacit.edge.progress import Console
 
+    for name in device:
+        try:
+            check_device(name)
+        except ValueError as error:
+            raise RecipeInvalid(str(error), "--device") from None
+    if forget:
+        return _forgotten(target, device)
     access = Access(
         python=python,
         key=key,
@@ -104,6 +117,29 @@ def measure(
     return Outcome(text="\n".join(lines).rstrip(), data=data, code=8 if failed or lost else 0)
 
 
+def _check_options(target: Path, port: int, files: Mapping[str, Path | None]) -> None:
+    """Raises RecipeInvalid for what is wrong with the command itself, before anything is asked of a device."""
+    if not target.exists():
+        what = f"expected a run directory or a model file, got {target}, which is not there"
+        raise RecipeInvalid(f"{what}; name another, or `tacit init {target}` makes a run", "tacit measure")
+    if files["--inputs"] is not None and target.is_dir():
+        raise RecipeInvalid("expected no inputs for a run, which has its own, got some; name a model file", "--inputs")
+    if not 0 <= port <= 65535:
+        raise RecipeInvalid(f"expected a port from 0 to 65535, got {port}; 0 takes any that is free", "--port")
+    for option, path in files.items():
+        if path is not None and not path.is_file():
+            raise RecipeInvalid(f"expected a file, got {path}, which is none; name another", option)
+
+
+def _forgotten(target: Path, devices: Sequence[str]) -> Outcome:
+    from tacit.edge import pipeline
+
+    if not devices or target.is_file():
+        raise RecipeInvalid("expected a run directory and devices to forget, got none; name them", "--forget")
+    gone = pipeline.forget(target, devices)
+    return Outcome(text=f"forgotten: {', '.join(gone) or 'nothing was known'}", data={"forgotten": gone})
+
+
 def _of_file(
     path: Path, inputs: Path | None, devices: Sequence[str], mode: str | None, access: Access, console: Any
 ) -> dict[str, dict[str, Any]]:
@@ -120,35 +156,42 @@ def _of_file(
 def _compared(earlier: Path, later: Path) -> Outcome:
     from tacit.devices.comparison import compare
 
+    results = [_result(path) for path in (earlier, later)]
     try:
-        found = compare(*(_read(path) for path in (earlier, later)))
+        found = compare(*results)
     except ValueError as error:
         raise RecipeInvalid(str(error), "--compare") from None
     if not found:
         raise RecipeInvalid("expected results with an artifact in common, got none; name two of one run", "--compare")
-    return Outcome(text="\n".join(comparison_lines(found)), data={"compared": [one.as_json() for one in found]})
+    doubts = comparison_doubts(*results)
+    data = {"compared": [one.as_json() for one in found], "doubts": doubts}
+    return Outcome(text="\n".join([*comparison_lines(found), *map(wrapped, doubts)]), data=data)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _result(path: Path) -> dict[str, Any]:
     """A result with latencies, or the only one of a run directory."""
     if not path.is_dir():
-        return {"artifacts": _entries(path)}
-    held = {one: _entries(one) for one in sorted((path / "measure").glob("*.json"))}
-    timed = [one for one, entries in held.items() if any("p50_us" in entry for entry in entries.values())]
+        return _content(path)
+    held = {one: _content(one) for one in sorted((path / "measure").glob("*.json"))}
+    timed = [one for one, told in held.items() if any("p50_us" in entry for entry in told["artifacts"].values())]
     if len(timed) != 1:
         names = ", ".join(one.name for one in timed) or "none"
         raise RecipeInvalid(
             f"expected one result with latencies in {path / 'measure'}, got {names}; name the file", "--compare"
         )
-    return {"artifacts": held[timed[0]]}
+    return held[timed[0]]
 
 
-def _entries(path: Path) -> dict[str, dict[str, Any]]:
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeInvalid(
+            f"expected a result or a run directory, got {path}, which is not there", "--compare"
+        ) from None
     except ValueError:
         content = None
     entries = content.get("artifacts") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise RecipeInvalid(f"expected what tacit measure wrote, got {path}; name measure/DEVICE.json", "--compare")
-    return entries
+    return {**content, "artifacts": entries}

@@ -244,11 +244,11 @@ class Fleet:
                 progress=lambda text: self._said(text if name == "local" else f"{name}: {text}"),
             )
 
-    def _growing(self, name: str) -> Callable[[str, Result], None]:
-        """Keeps a device's result with each entry that comes."""
+    def _growing(self, name: str, phone: str | None = None) -> Callable[[str, Result], None]:
+        """Keeps a device's result with each entry that comes, beside what is known of the same phone, if it is one."""
         partial: Result = {"device": name, "mode": self.work.mode, "failed": {}, "complete": False}
-        # A page measures all of them, on whatever phone opened it.
-        partial["artifacts"] = {} if name == "browser" else dict(self.work.known.get(name, {}))
+        known = self.work.known.get(name, {}) if name != "browser" else {}  # of which nobody knows who will open it
+        partial["artifacts"] = {key: entry for key, entry in known.items() if entry.get("phone") == phone}
 
         def grown(artifact: str, entry: Result) -> None:
             partial["artifacts"][artifact] = entry
@@ -263,15 +263,15 @@ class Fleet:
         from tacit.devices.termux import measure_termux
 
         access, work = self.access, self.work
-        named: dict[str, Any] = {
-            "mode": work.mode,
-            "known": {entry["key"]: entry for entry in work.known.get(name, {}).values()},
-            "keep": self._growing(name),
-            "progress": lambda text: self._said(f"{name}: {text}"),
-        }
         with AdbDevice(name, benchmark_model=access.benchmark_model, regardless=access.regardless) as phone:
             self._under_way[name] = phone.link.interrupt
             self._go_on()
+            named: dict[str, Any] = {
+                "mode": work.mode,
+                "known": {entry["key"]: entry for entry in work.known.get(name, {}).values()},
+                "keep": self._growing(name, phone.identity()),
+                "progress": lambda text: self._said(f"{name}: {text}"),
+            }
             if access.benchmark_model is not None:
                 return measure_phone(phone, work.artifacts[name], profile=access.profile, **named)
             extras = Extras(sustained_s=access.sustained_s, profile=access.profile, evaluation=work.evaluation)

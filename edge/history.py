@@ -139,10 +139,11 @@ class History:
 
 
 def _where(result: Mapping[str, object], entry: Mapping[str, object]) -> tuple[str, str]:
-    """The device and its processor, of which a browser says what it can."""
-    facts = result.get("facts")
+    """The device and its processor, or the phone that was there; a browser's name is that of the phone, too."""
+    facts, device = result.get("facts"), str(result["device"])
     cpu = facts.get("cpu") if isinstance(facts, Mapping) else ""
-    return str(result["device"]), str(entry.get("phone") or cpu)
+    kind = "browser" if device.startswith("browser") else device
+    return kind, str(entry.get("phone") or entry.get("cpu") or cpu)
 
 
 def _entries(result: Mapping[str, object]) -> list[tuple[str, Mapping[str, object]]]:

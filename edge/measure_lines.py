@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tacit.edge.cli_output import microseconds, size, table
+from tacit.edge.flag_words import explained
 from tacit.edge.report_devices import INPUT_SOURCES, accuracy_there, badge_of, energy
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_lines", "result_lines", "wrapped"]
 
+_OF_SESSIONS = {"noisy", "drift", "steal", "contended", "throttled", "governor"}
+_OTHERS = 0.02
+_ROUGH = 1.5  # where operators together take so many times the median, the profiler times itself
 _MOST_FITS, _MOST_NAMES, _MOST_OPERATORS = 12, 4, 3  # the report and `--format json` have all
 Entries = Mapping[str, Mapping[str, Any]]
 
@@ -36,7 +40,8 @@ def result_lines(name: str, result: Mapping[str, Any], *, alone: bool) -> list[s
     lines += [wrapped(words) for source, words in INPUT_SOURCES.items() if source in sources]
     lines += _extra_lines(artifacts)
     if result.get("lost") and artifacts:
-        lines.append(wrapped(f"{name} was lost, what is above was measured before: {result['lost']}"))
+        what = "was lost" if result.get("was_reached", True) else "was not measured now"
+        lines.append(wrapped(f"{name} {what}, what is above is from before: {result['lost']}"))
     wrong = {variant: reason for variant, reason in result["failed"].items() if variant in artifacts}
     lines += [wrapped(f"{names}: wrong on {name}: {reason}") for names, reason in _grouped(wrong)]
     absent = {variant: reason for variant, reason in result["failed"].items() if variant not in wrong}
@@ -59,6 +64,25 @@ def comparison_lines(found: Sequence[Comparison]) -> list[str]:
     if lines[0].endswith("file"):
         return lines
     return [wrapped(f"{name}: {told} times as long, {file} file: {verdict}") for name, told, verdict, file in rows[1:]]
+
+
+def comparison_doubts(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    """Returns what else than the files may have made two results differ.
+
+    Example:
+        >>> noisy = {"device": "local", "artifacts": {"a": {"flags": ["noisy", "averaged"]}}}
+        >>> comparison_doubts(noisy, {"device": "ssh:pi", "artifacts": {}})[0]
+        'two devices: local and ssh:pi'
+    """
+    names = [str(result.get("device")) for result in (earlier, later)]
+    entries = [entry for result in (earlier, later) for entry in result["artifacts"].values()]
+    raised = {flag for entry in entries for flag in entry.get("flags") or ()} & _OF_SESSIONS
+    doubts = [f"two devices: {names[0]} and {names[1]}"] if names[0] != names[1] else []
+    if raised:
+        doubts.append(
+            f"flagged {', '.join(sorted(raised))}: sessions may differ by themselves, which these intervals do not hold"
+        )
+    return doubts
 
 
 def wrapped(line: str) -> str:
@@ -92,9 +116,18 @@ def _latency_table(artifacts: Entries) -> list[str]:
         reached = [there.get(name, "-").replace("\u00a0", "")] if there else []
         rows.append([name, *figures, *reached, ", ".join(entry.get("flags") or ())])
     lines = table(rows, words_from=len(rows[0]) - 1)
-    flags = {row[0]: row[-1] for row in rows[1:] if row[-1]}
-    # No figure stands without its doubts, even where the terminal has no room for the column.
-    return lines if lines[0].endswith("notes") else [*lines, *(wrapped(f"{n}: {f}") for n, f in _grouped(flags))]
+    if rows[0][-2] not in lines[0]:  # a terminal too narrow for the figures has them in sentences
+        lines = [_sentence(rows[0], row) for row in rows[1:]]
+    elif not lines[0].endswith("notes"):  # no figure stands without its doubts
+        flags = {row[0]: row[-1] for row in rows[1:] if row[-1]}
+        lines += [wrapped(f"{names}: {told}") for names, told in _grouped(flags)]
+    words = explained(flag for entry in artifacts.values() for flag in entry.get("flags") or ())
+    return [*lines, wrapped(f"({words})")] if words else lines
+
+
+def _sentence(header: Sequence[str], row: Sequence[str]) -> str:
+    figures = [f"{what} {shown}" for what, shown in zip(header[1:-1], row[1:-1], strict=True) if shown != "-"]
+    return wrapped(f"{row[0]}: {', '.join(figures) or 'no figures'}{f'; {row[-1]}' if row[-1] else ''}")
 
 
 def _parity_lines(artifacts: Entries, why: str) -> list[str]:
@@ -129,14 +162,25 @@ def _load(run: Mapping[str, Any]) -> str:
     heat = [value for value in run["temperature_c"] if value is not None]
     warm = f", {heat[0]:.0f} to {heat[-1]:.0f} °C" if heat else ""
     slowed = ", throttled" if run["throttled"] else ""
-    change = f"{100 * run['change']:+.1f}%".replace("-0.0%", "+0.0%")
-    return f"median after {run['start_s'][-1]:.0f} s under load: {change}{warm}{slowed}"
+    change, bounds = _signed(run["change"]), run.get("change_ci")
+    told = f"{change} ({_signed(bounds[0])} to {_signed(bounds[1])})" if bounds else change
+    doubt = ", no clear change" if bounds and bounds[0] <= 0 <= bounds[1] else ""
+    seconds = run.get("asked_s", run["start_s"][-1])
+    taken = max(run.get("steal_share") or 0.0, run.get("waiting_share") or 0.0)
+    others = f", while others had the processor for {100 * taken:.0f}% of the time" if taken > _OTHERS else ""
+    return f"median at the end of {seconds:.0f} s under load: {told}{doubt}{warm}{slowed}{others}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}%".replace("-0.0%", "+0.0%")
 
 
 def _operators(profile: Mapping[str, Any]) -> str:
-    kinds = list(profile["by_type_us"].items())
+    kinds, share = list(profile["by_type_us"].items()), profile.get("share_of_p50")
     total = sum(us for _, us in kinds) or 1.0
-    return ", ".join(f"{kind} {100 * us / total:.0f}%" for kind, us in kinds[:_MOST_OPERATORS])
+    told = ", ".join(f"{kind} {100 * us / total:.0f}%" for kind, us in kinds[:_MOST_OPERATORS])
+    rough = isinstance(share, float | int) and share > _ROUGH
+    return f"{told}; rough: with its profiler the model took {share:.1f} times its median" if rough else told
 
 
 def _fit_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

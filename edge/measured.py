@@ -22,7 +22,7 @@ def held_result(folder: RunFolder, device: str, artifacts: Sequence[Artifact]) -
     """What is known of a device, as far as it is of exactly these bytes; empty when it was never measured."""
     content = folder.read_json("measure", file_of(device)) or {}
     known = content.get("artifacts")
-    if not isinstance(known, dict):
+    if not isinstance(known, dict) or not isinstance(content.get("failed"), dict):
         return {}
     digests = {a.name: hashlib.sha256(a.path.read_bytes()).hexdigest() for a in artifacts if a.name in known}
     entries = {name: known[name] for name in digests if isinstance(known[name], dict)}
@@ -99,7 +99,12 @@ def beside(held: Mapping[str, Any], result: Result, asked: Collection[str]) -> R
         >>> both["artifacts"], list(both["conditions"])
         ({'lite': {'n': 1}, 'onnx': {'n': 3}}, ['benchmark_model', 'onnxruntime'])
     """
-    others = {name: entry for name, entry in held.get("artifacts", {}).items() if name not in asked}
+    phones = {entry.get("phone") for entry in result["artifacts"].values()}
+    others = {
+        name: entry
+        for name, entry in held.get("artifacts", {}).items()
+        if name not in asked and (not phones or entry.get("phone") in phones)
+    }
     if not others:
         return result
     conditions = {**held.get("conditions", {}), **result.get("conditions", {})}
@@ -125,4 +130,5 @@ def incomplete(name: str, work: Work, partial_result: Result | None, why: Except
         "failed": {artifact.name: reason for artifact in work.artifacts[name] if artifact.name not in kept},
         "complete": False,
         "lost": reason,
+        "was_reached": partial_result is not None,
     }

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tacit.devices.failpoint import reach
+from tacit.devices.sandbox import ArtifactRefused
 from tacit.edge.fleet import Access, Fleet, Work, check_device, file_of
 from tacit.edge.history import History
 from tacit.edge.measured import Result, beside, fit_is_old, held_result, incomplete, joined, nothing, peaks_of, standing
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from tacit.devices.protocol import Artifact, Evaluation, Mode
     from tacit.federated.task import Task
 
-__all__ = ["measure_file", "measure_run"]
+__all__ = ["forget_devices", "measure_file", "measure_run"]
 
 _INPUTS, _EVALUATED = 64, 500
 _SLACK = 0.02  # of accuracy, beyond the interval: a device sees a part of the test split
@@ -76,7 +78,7 @@ def measure_run(
         soon = [artifact.name for artifact in taken["local"]] if "local" in missing else []
         missing += ["micro"] if fit_is_old(held["micro"], {*peaks_of(folder), *soon}) else []
     for name in [name for name in names if name not in missing]:
-        progress.note(f"{name}: {'measured already; --again measures anew' if taken[name] else _NOTHING}")
+        progress.note(f"{name}: {_already(known[name]) if taken[name] else _NOTHING}")
     found = {name: _as_it_stands(name, held[name]) for name in names if name not in missing}
     if missing:
         started = time.monotonic()
@@ -91,6 +93,18 @@ def measure_run(
             folder.add_wall_time("measure", started)
             folder.log("end", stage="measure")
     return {name: found[name] for name in names}
+
+
+def forget_devices(folder: RunFolder, devices: Sequence[str]) -> list[str]:
+    """Removes the results of devices; returns those that had one.
+
+    Raises:
+        RecipeInvalid: A name is none of a device.
+    """
+    known = [name for name in _checked(devices) if (folder.path / "measure" / file_of(name)).exists()]
+    for name in known:
+        (folder.path / "measure" / file_of(name)).unlink()
+    return known
 
 
 def measure_file(
@@ -124,6 +138,10 @@ def measure_file(
     lost = [outcome for outcome in found.values() if isinstance(outcome, Exception)]
     if len(lost) == len(names):
         raise lost[0]
+    reasons = [result["failed"] for result in found.values() if not isinstance(result, Exception)]
+    if all(path.name in failed for failed in reasons):
+        what = f"{reasons[0][path.name]}; the inputs are {values.dtype} {values.shape}, and are given to it as they are"
+        raise ArtifactRefused(what)
     progress.end(", ".join(names))
     return {
         name: incomplete(name, work, None, outcome) if isinstance(outcome, Exception) else outcome
@@ -136,6 +154,11 @@ def _checked(devices: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(check_device(name) for name in devices))
     except ValueError as error:
         raise RecipeInvalid(str(error), "--device") from None
+
+
+def _already(known: Mapping[str, Any]) -> str:
+    phones = sorted({str(entry["phone"]) for entry in known.values() if entry.get("phone")})
+    return f"measured already{f' on {phones[0]}' if phones else ''}; --again measures anew"
 
 
 def _taken(device: str, artifacts: Sequence[Artifact], access: Access) -> list[Artifact]:
@@ -192,12 +215,19 @@ class _Measurement:
     def __init__(self, folder: RunFolder, work: Work, held: Mapping[str, Result], progress: Progress) -> None:
         self._folder, self._work, self._held, self._progress = folder, work, held, progress
         self._latest: dict[str, Result] = {}
+        self._new: dict[str, set[str]] = {name: set() for name in work.artifacts}
+        self._began = datetime.now(UTC).isoformat(timespec="seconds")
 
     def of(self, names: Sequence[str], access: Access, *, alone: bool) -> dict[str, Result]:
         """Measures; each device's result, complete or not. With nothing at all to show it raises, if it is alone."""
         said, artifacts = itertools.count(1), self._work.artifacts
-        # A step for each artifact alone, and one for each runtime that times its artifacts together.
-        steps = sum(len(taken) + len({artifact.runtime for artifact in taken}) for taken in artifacts.values())
+        # One for each artifact alone, one for each runtime that times its artifacts together, and what else is asked.
+        extras = (access.sustained_s is not None) + access.profile
+        steps = sum(
+            len(taken) * (1 + extras + (self._work.evaluation is not None and name != "local"))
+            + len({artifact.path.suffix for artifact in taken})
+            for name, taken in artifacts.items()
+        )
         self._progress.begin("measure", steps)
         fleet = Fleet(
             work=self._work,
@@ -212,32 +242,36 @@ class _Measurement:
             self._keep(name, incomplete(name, self._work, self._latest.get(name), why))
         if alone and len(lost) == len(names) and not any(self._latest[name]["artifacts"] for name in names):
             raise lost[names[0]]
-        for name in names:
-            self._note_changes(name)
-        done = sum(len(self._latest[name]["artifacts"]) for name in names)
-        self._progress.end(f"{done} of {sum(map(len, artifacts.values()))} artifacts on {', '.join(names)}")
+        done = sum(len(self._new[name]) for name in names)
+        missing = sum(len(artifacts[name]) - len(self._work.known.get(name, {})) for name in names)
+        self._progress.end(f"{done} of {missing} artifacts on {', '.join(names)}")
         return self._latest
 
     def _keep(self, name: str, result: Result) -> None:
         """An incomplete result stands beside what was known, a complete one in its place."""
-        source, held = self._work.input_source, self._held[name]
-        asked = {artifact.name for artifact in self._work.artifacts[name]}
-        entries = {variant: {"input_source": source, **entry} for variant, entry in result["artifacts"].items()}
-        result = {**result, "artifacts": entries}
+        held, asked = self._held[name], {artifact.name for artifact in self._work.artifacts[name]}
+        about = {"input_source": self._work.input_source, "taken": self._began}
+        older = held.get("artifacts", {})
+        new = {
+            variant: {**about, **entry} for variant, entry in result["artifacts"].items() if entry != older.get(variant)
+        }
+        changes = self._changes(name, {**result, "artifacts": new})
+        result = {**result, "artifacts": {**result["artifacts"], **new}}
         result = beside(held, result, asked) if result["complete"] else joined(held, result)
-        self._latest[name] = {**result, **_judged(self._folder, result)}
+        kept = [line for line in changes if line.partition(": ")[0] in result["artifacts"]]
+        self._latest[name] = {**result, **_judged(self._folder, result), "changes": kept}
         reach("measure.before_write")
         self._folder.write_json(self._latest[name], "measure", file_of(name))
 
-    def _note_changes(self, name: str) -> None:
+    def _changes(self, name: str, result: Result) -> list[str]:
         """What has become slower or faster; figures of an earlier session keep what was said of them then."""
-        result, earlier = self._latest[name], self._held[name]
-        older = earlier.get("artifacts", {})
-        new = {variant: entry for variant, entry in result["artifacts"].items() if entry != older.get(variant)}
-        changes = [line for line in earlier.get("changes") or [] if line.partition(": ")[0] not in new]
-        changes += _noted({**result, "artifacts": new}, self._folder.recipe.task.name, self._progress)
-        result["changes"] = [line for line in changes if line.partition(": ")[0] in result["artifacts"]]
-        self._folder.write_json(result, "measure", file_of(name))
+        fresh = {variant: entry for variant, entry in result["artifacts"].items() if variant not in self._new[name]}
+        earlier = self._latest.get(name, self._held[name]).get("changes") or []
+        self._new[name] |= set(fresh)
+        return [
+            *(line for line in earlier if line.partition(": ")[0] not in fresh),
+            *_noted({**result, "artifacts": fresh}, self._folder.recipe.task.name, self._progress),
+        ]
 
 
 def _judged(folder: RunFolder, result: Result) -> Result:
@@ -267,6 +301,10 @@ def _read_inputs(path: Path) -> npt.NDArray[Any]:
         values = None
     if not isinstance(values, np.ndarray):
         raise RecipeInvalid(f"expected a .npy file of numbers (n, *shape), got {path}; np.save it", "--inputs")
+    if values.dtype == np.float32 and not np.isfinite(values).all():
+        raise RecipeInvalid(
+            f"expected finite numbers, got NaN or infinity in {path}; real inputs have none", "--inputs"
+        )
     if values.ndim < 2 or not len(values) or (values.dtype != np.float32 and values.dtype.kind not in "iub"):
         shown = f"{values.dtype} {values.shape}"
         raise RecipeInvalid(

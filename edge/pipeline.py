@@ -113,9 +113,17 @@ def measure(
     from tacit.edge.measuring import measure_run
 
     with _opened(Path(out)) as folder:
-        _need_training(folder)
+        _need_weights(folder)  # figures say nothing of privacy; the report that shows both checks the card
         names = devices or folder.recipe.devices.names
         return measure_run(folder, names, progress or Silent(), again=again, mode=mode, access=access)
+
+
+def forget(out: str | Path, devices: Sequence[str]) -> list[str]:
+    """Removes what a run directory knows of devices; returns those of which it knew something."""
+    from tacit.edge.measuring import forget_devices
+
+    with _opened(Path(out)) as folder:
+        return forget_devices(folder, devices)
 
 
 def report(out: str | Path, *, progress: Progress | None = None) -> dict[str, object]:
@@ -146,9 +154,13 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 
 def _need_training(folder: RunFolder) -> None:
+    _need_weights(folder)
+    _state_privacy(folder)
+
+
+def _need_weights(folder: RunFolder) -> None:
     if not folder.trained:
         raise FolderMismatch(f"expected a trained run in {folder.path}, got none; `tacit train {folder.path}` first")
-    _state_privacy(folder)
 
 
 def _check(recipe: Recipe, where: str, progress: Progress) -> None:

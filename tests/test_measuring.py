@@ -208,7 +208,7 @@ def test_a_lost_device_keeps_its_earlier_figures_and_is_told_as_lost(copied, tac
     (copied / "measure" / file_of(GONE)).write_text(json.dumps(kept))
     done = tacit("measure", copied, *devices(GONE), "--again", columns=60)
     assert done.returncode == 8, done.stderr
-    assert "was lost" in done.stdout
+    assert "was not measured now" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 60
     now = result(copied, GONE)
     assert now["artifacts"] == kept["artifacts"]
@@ -285,15 +285,86 @@ def test_what_is_no_result_is_not_compared(content, tmp_path):
             cli_measure._compared(*pair)
 
 
+def test_doubts_stand_beside_a_comparison(copied, tmp_path, tacit):
+    slow = result(copied)
+    for entry in slow["artifacts"].values():
+        entry["flags"] = ["noisy", "averaged"]
+    (tmp_path / "slow.json").write_text(json.dumps({**slow, "device": "ssh:a@b"}))
+    done = tacit("measure", "--compare", copied, tmp_path / "slow.json", columns=200)
+    assert "two devices: local and ssh:a@b" in done.stdout
+    assert re.search(r"flagged .*noisy.*: sessions may differ", done.stdout)
+    assert "averaged" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("nowhere", {}, "nowhere, which is not there"),
+        ("RUN", {"inputs": "FILE"}, "expected no inputs for a run"),
+        ("RUN", {"port": 70000}, "expected a port from 0 to 65535, got 70000"),
+        ("RUN", {"port": -1}, "expected a port from 0 to 65535"),
+        ("RUN", {"benchmark_model": "nofile"}, "expected a file, got nofile"),
+        ("RUN", {"key": "nofile"}, "expected a file, got nofile"),
+        ("FILE", {"inputs": "nofile.npy"}, "expected a file, got nofile.npy"),
+        ("RUN", {"compare": ("FILE", "FILE")}, "expected two results alone"),
+        (None, {"compare": ("FILE", "nowhere.json")}, "nowhere.json, which is not there"),
+        ("RUN", {"forget": True}, "expected a run directory and devices to forget"),
+        (None, {}, "expected a run directory or a model file, got none"),
+    ],
+)
+def test_what_is_wrong_with_the_command_itself_is_said_before_anything_starts(target, options, words, made, tmp_path):
+    (tmp_path / "good.json").write_text('{"artifacts": {"a": {"sha256": "ab", "block_medians_us": [1.0, 1.0]}}}')
+    places = {"RUN": made, "FILE": tmp_path / "good.json"}
+
+    def there(given: Any) -> Any:
+        if isinstance(given, tuple):
+            return tuple(there(one) for one in given)
+        return places.get(given, Path(given)) if isinstance(given, str) else given
+
+    with pytest.raises(RecipeInvalid, match=re.escape(words)):
+        cli_measure.measure(there(target), **{name: there(given) for name, given in options.items()})
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+def test_no_figure_is_lost_in_a_narrow_terminal_and_flags_have_words(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ratio = {"to": "a", "estimate": 0.43, "low": 0.42, "high": 0.45}
+    entry = {"p50_us": 12.3, "p90_us": 45.6, "relative": ratio, "peak_memory_bytes": 4_000_000, "flags": ["noisy"]}
+    entry["accuracy"] = {"n": 500, "top1": {"estimate": 0.94, "low": 0.91, "high": 0.96}}
+    entry["profile"] = {"by_type_us": {"Conv": 3.0, "Add": 1.0}, "share_of_p50": 10.7}
+    lines = measure_lines.result_lines("ssh:pi", {"artifacts": {"onnx-float32": entry}, "failed": {}}, alone=True)
+    assert max(len(line) for text in lines for line in text.splitlines()) <= columns
+    text = " ".join(" ".join(lines).split())
+    for shown in ("12.3 µs", "45.6 µs", "0.43 (0.42-0.45)", "4.0 MB", "94%", "(noisy: runs spread by more than 10 %)"):
+        assert shown in text
+    assert "operators: Conv 75%, Add 25%; rough: with its profiler the model took 10.7 times its median" in text
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_inputs_that_are_no_numbers_are_refused(bad, tmp_path):
+    values = np.ones((4, 3), np.float32)
+    values[2, 1] = bad
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(RecipeInvalid, match="expected finite numbers, got NaN or infinity"):
+        measuring._read_inputs(tmp_path / "x.npy")
+
+
+def test_a_device_may_be_forgotten(copied):
+    (copied / "measure" / file_of("adb:nosuch")).write_text("{}")
+    assert pipeline.forget(copied, ["adb:nosuch", "qemu:aarch64"]) == ["adb:nosuch"]
+    assert pipeline.forget(copied, ["adb:nosuch"]) == []
+    assert result(copied)["artifacts"]
+
+
 def test_of_a_run_with_several_results_the_file_must_be_named(tmp_path):
     (tmp_path / "measure").mkdir()
     timed, answers = '{"artifacts": {"a": {"p50_us": 1.0}}}', '{"artifacts": {"a": {"max_abs": 0.0}}}'
     for name, content in (("local", timed), ("micro", answers)):
         (tmp_path / "measure" / f"{name}.json").write_text(content)
-    assert cli_measure._read(tmp_path)["artifacts"] == {"a": {"p50_us": 1.0}}
+    assert cli_measure._result(tmp_path)["artifacts"] == {"a": {"p50_us": 1.0}}
     (tmp_path / "measure" / "adb.json").write_text(timed)
     with pytest.raises(RecipeInvalid, match=r"got adb\.json, local\.json; name the file"):
-        cli_measure._read(tmp_path)
+        cli_measure._result(tmp_path)
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, math.nan, math.inf, 3601.0])
@@ -449,10 +520,44 @@ def test_what_another_phone_showed_is_not_of_an_incomplete_result():
     assert measured.joined(held, {**lost, "artifacts": {}})["artifacts"] == held["artifacts"]
 
 
+def test_a_complete_result_keeps_figures_of_the_same_phone_alone():
+    held = {"artifacts": {"lite": {"phone": "x"}, "onnx": {"phone": "x"}}, "conditions": {}}
+    assert set(measured.beside(held, {"artifacts": {"onnx": {"phone": "x"}}}, ["onnx"])["artifacts"]) == {
+        "lite",
+        "onnx",
+    }
+    assert set(measured.beside(held, {"artifacts": {"onnx": {"phone": "y"}}}, ["onnx"])["artifacts"]) == {"onnx"}
+
+
+def test_a_damaged_table_of_failures_is_no_result(tmp_path):
+    folder = SimpleNamespace(read_json=lambda *parts: {"artifacts": {}, "failed": [1]})
+    assert measured.held_result(folder, "local", []) == {}
+
+
+def test_an_interrupted_session_is_in_the_history_and_its_figures_have_their_time(copied, monkeypatch, home, tmp_path):
+    monkeypatch.setenv("TACIT_HOME", str(tmp_path / "home"))
+    entries = result(copied)["artifacts"]
+    names = list(entries)
+    for entry in entries.values():  # a machine that was too busy for an interval would leave no row
+        entry["ci"]["p50_us"] = [0.99 * entry["p50_us"], 1.01 * entry["p50_us"]]
+        entry.pop("taken", None)
+    partial = {"device": "local", "mode": "quick", "failed": {}, "complete": False, "facts": {}}
+    with pipeline._opened(copied) as folder:
+        artifacts = {"local": [SimpleNamespace(name=name) for name in names]}
+        work = SimpleNamespace(artifacts=artifacts, input_source="test")
+        session = measuring._Measurement(folder, work, {"local": {}}, Silent())
+        for count in (1, 2):
+            session._keep("local", {**partial, "artifacts": {name: entries[name] for name in names[:count]}})
+    kept = result(copied)["artifacts"]
+    assert all(kept[name]["taken"] == session._began and kept[name]["input_source"] for name in names[:2])
+    told = History(tmp_path / "home").changes({**result(copied), "facts": {}}, task="digits")
+    assert {change.artifact: change.sessions for change in told} == dict.fromkeys(names[:2], 1)
+
+
 def test_only_figures_of_the_same_bytes_are_held(tmp_path):
     (tmp_path / "a").write_bytes(b"model")
     known = {"a": {"sha256": "9372c470eeadd5ecd9c3c74c2b3cb633f8e2f2fad799250a0f70d652b6b825e4"}, "b": {}, "c": 3}
-    folder = SimpleNamespace(read_json=lambda *parts: {"artifacts": known})
+    folder = SimpleNamespace(read_json=lambda *parts: {"artifacts": known, "failed": {}})
     artifacts = [SimpleNamespace(name=name, path=tmp_path / "a") for name in "abc"]
     assert set(measured.held_result(folder, "local", artifacts)["artifacts"]) == {"a"}
     (tmp_path / "a").write_bytes(b"another")
@@ -482,14 +587,14 @@ def test_a_change_is_kept_on_disk_and_what_was_not_measured_anew_is_no_new_sessi
         copied, "local", artifacts={"onnx-float32": now["artifacts"]["onnx-float32"]}, changes=["onnx-float32: x"]
     )
     with pipeline._opened(copied) as folder:
-        session = measuring._Measurement(folder, SimpleNamespace(), {"local": result(copied)}, Silent())
-        session._latest["local"] = now
-        session._note_changes("local")
-    first, second = now["changes"]
+        artifacts = {"local": [SimpleNamespace(name=name) for name in now["artifacts"]]}
+        work = SimpleNamespace(artifacts=artifacts, input_source="test")
+        session = measuring._Measurement(folder, work, {"local": result(copied)}, Silent())
+        session._keep("local", {**now, "complete": True})
+    first, second = result(copied)["changes"]
     assert first == "onnx-float32: x", "what was said of a figure stays with it"
     assert second.startswith("onnx-dynamic: ")
     assert "% slower than in 1 earlier measurement" in second
-    assert result(copied)["changes"] == now["changes"]
     told = History(tmp_path / "home").changes(now, task="digits")
     assert {change.artifact: change.sessions for change in told} == {"onnx-float32": 1, "onnx-dynamic": 2}
 
@@ -525,12 +630,15 @@ def test_accuracy_on_the_device_and_energy_and_heat_are_printed(monkeypatch):
         "p50_us": 1.0, "p90_us": 2.0, "relative": None, "peak_memory_bytes": None, "flags": [],
         "accuracy": {"n": 500, "top1": {"estimate": 0.94, "low": 0.91, "high": 0.96}},
         "energy": {"source": "RAPL", "j_per_inference": 1e-5, "low": 9e-6, "high": 1.1e-5},
-        "sustained": {"start_s": [0.0, 9.0], "temperature_c": [40.0, 71.0], "change": 0.25, "throttled": True},
+        "sustained": {"start_s": [0.0, 9.0], "temperature_c": [40.0, 71.0], "change": 0.25,
+                          "change_ci": [-0.01, 0.3], "asked_s": 10.0, "throttled": True, "waiting_share": 0.234},
     }  # fmt: skip
     text = "\n".join(measure_lines.result_lines("ssh:pi", {"artifacts": {"a": entry}, "failed": {}}, alone=True))
     assert "accuracy" in text
     assert "94%" in text
-    assert "a: median after 9 s under load: +25.0%, 40 to 71 °C, throttled" in text
+    load = "a: median at the end of 10 s under load: +25.0% (-1.0% to +30.0%), no clear change, 40 to 71 °C, "
+    load += "throttled, while others had the processor for 23% of the time"
+    assert load in " ".join(text.split())
     assert "a: energy of one inference 10 µJ (9 to 11), RAPL" in text
 
 

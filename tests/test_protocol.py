@@ -6,6 +6,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,7 @@ def test_what_is_asked_for_beside_the_latency_is_measured_or_said_not_to_be(tmp_
     assert {row["type"] for row in entry["profile"]["operators"]} & {"MatMul", "Gemm", "FusedMatMul"}
     assert entry["profile"]["us"] == pytest.approx(sum(entry["profile"]["by_type_us"].values()))
     assert len(entry["sustained"]["median_us"]) >= 2
+    assert entry["sustained"]["waiting_share"] is None or 0 <= entry["sustained"]["waiting_share"] < 1
     assert lite["profile"] is None
     assert "litert has no profiler" in lite["not_measured"]["profile"]
     # Whether this computer tells its energy or not, it is never a zero.
@@ -312,6 +314,21 @@ def test_a_sustained_run_throttles_if_it_is_slower_and_hotter(slower, hotter, th
     assert entry["start_s"][0] == 0
     assert len(entry["median_us"]) == 60
     assert entry["change"] == pytest.approx(slower - 1, abs=0.06)
+
+
+def test_a_change_under_load_has_an_interval_that_knows_of_neighbours():
+    """The seconds of somebody else's load, as they were seen, and a device that does slow down."""
+    run = _run(idle=0, busy=10)
+    others = [19.4, 19.5, 19.4, 30.7, 31.2, 28.8, 20.6, 31.4, 31.9, 30.7]
+    seen = replace(run, buckets=[replace(one, median_us=us) for one, us in zip(run.buckets, others, strict=True)])
+    low, high = sustained_entry(_run(idle=0, busy=60, slower=1.5))["change_ci"]
+    assert 0.3 < low < 0.5 < high < 0.7
+    low, high = sustained_entry(_run(idle=0, busy=10))["change_ci"]
+    assert low <= 0 <= high
+    assert (
+        sustained_entry(seen)["change_ci"][0] < sustained_entry(seen)["change"] < sustained_entry(seen)["change_ci"][1]
+    )
+    assert sustained_entry(_run(idle=0, busy=8))["change_ci"] is None
 
 
 def test_a_device_that_says_that_it_throttles_is_believed():

@@ -239,7 +239,21 @@ def refusal(server: SshServer, base: Path, **named: Any) -> str:
 def test_an_unknown_host_key_is_refused_with_its_fingerprint(server, base, tmp_path):
     said = refusal(server, base, known_hosts=write(tmp_path / "known", ""))
     assert fingerprint(server.host_key) in said
-    assert f"ssh-keyscan -p {server.port} 127.0.0.1 >> {tmp_path / 'known'}" in said
+    assert f": ssh-keyscan -p {server.port} 127.0.0.1 >> {tmp_path / 'known'}" in said
+
+
+def test_the_advice_for_an_unknown_host_key_works_as_it_stands(server, base, tmp_path, home):
+    """On a device of several keys, and here without a folder for SSH."""
+    (home / ".ssh").rmdir()
+    said = refusal(server, base, known_hosts=None)
+    for kind in ("ed25519", "ecdsa", "rsa"):
+        make_key(tmp_path / f"ssh_host_{kind}_key", kind)
+    check = re.search("`(cat .*)`", said)[1].replace("/etc/ssh", str(tmp_path))
+    shown = subprocess.run(["sh", "-c", check], capture_output=True, text=True, check=True).stdout
+    assert len(shown.splitlines()) == 3
+    subprocess.run(["sh", "-c", said.partition("itself: ")[2]], check=True, capture_output=True)
+    with open_device(server, base, known_hosts=None) as device:
+        assert device.facts()["python"] == sys.version.split()[0]
 
 
 def test_a_given_file_that_is_empty_does_not_mean_the_users_own(server, base, tmp_path, home):
