@@ -307,6 +307,20 @@ def test_an_adapters_import_is_not_taken_for_loading(folder):
     assert answer["import_ns"] >= 0.5e9
 
 
+def test_one_interruption_does_not_decide_where_the_time_goes(folder):
+    """An operator that runs once for each inference is told by its median; of others all that they took is added."""
+    lines = ["import numpy", "def open_profiled(path, threads):"]
+    lines += ["    def operators():"]
+    lines += ["        once = [('conv', 'Conv', 9000)] + [('conv', 'Conv', 100)] * 9 + [('conv', 'Conv', 50000)]"]
+    lines += ["        return once + [('add', 'Add', 7)] * 22 + [('add', 'Add', 1000)]"]
+    lines += ["    port = [(numpy.dtype('float32'),)]", "    return lambda feeds: feeds, port, port, operators"]
+    (folder / "profiled.py").write_text("\n".join(lines) + "\n")
+    request = {"op": "profile", "model": {**ONNX, "adapter": "profiled.py"}, "inputs": ["inputs.npy"], "runs": 10}
+    status, answer = ask(folder, request)
+    assert status == 0, answer
+    assert answer["operators"] == [["add", "Add", 22, 21 * 7 + 1000], ["conv", "Conv", 10, 1000]]
+
+
 def test_a_profile_names_the_operators_and_leaves_out_the_first_run(folder):
     request = {"op": "profile", "model": ONNX, "inputs": ["inputs.npy"], "runs": 20}
     status, answer = ask(folder, request)
