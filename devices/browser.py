@@ -33,6 +33,7 @@ __all__ = ["LABEL", "Invitation", "measure_in_browser"]
 LABEL = "in-browser"
 Values = npt.NDArray[Any]
 _SILENCE_S = 90.0  # a page in a phone that sleeps is heard every minute
+_PARTING_S = 2.5  # a page that is in front is heard every two seconds
 _SLOWED = 0.10
 _LOOK_S = 0.25
 _UNKNOWABLE = {
@@ -117,6 +118,7 @@ def measure_in_browser(
                 f"browser: expected to serve a page on {address}, port {port or 'any'}, got: {error.strerror}; choose "
                 "another port or host"
             ) from None
+        held.callback(lambda: session.dismiss("it was interrupted there", _PARTING_S))
         invite(Invitation(url=served.url, fingerprint=fingerprint, qr=qr_lines(served.url)))
         _wait(run, served, wait_s, keep or _keep_nothing, check or _go_on)
     return run.result(served.refusals)
@@ -327,15 +329,17 @@ def _outputs(content: bytes, most: int) -> Values:
 
 
 def _shown(entry: Entry, *, is_first: bool) -> dict[str, Any]:
-    accuracy = entry["accuracy"]
-    share = None if accuracy is None else accuracy["agreement"] or accuracy["top1"]
+    """What the page shows at the end, which is what the computer shows: accuracy, else how often answers agree."""
+    found = entry["accuracy"] or {}
+    kind = next((kind for kind in ("top1", "agreement") if found.get(kind)), None)
     return {
         "p50_us": entry["p50_us"],
         "p90_us": entry["p90_us"],
         "ci_us": entry["ci"]["p50_us"],
         "relative": entry["relative"],
         "is_first": is_first,
-        "accuracy": None if not share else {"n": accuracy["n"], "share": share["estimate"]},
+        "flags": entry["flags"],
+        "accuracy": None if kind is None else {"kind": kind, "n": found["n"], "share": found[kind]["estimate"]},
     }
 
 

@@ -5,8 +5,10 @@ import datetime
 import io
 import ipaddress
 import os
+import re
 import socket
 import ssl
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from tacit.devices.answers import DeviceUnreachable
 
 _DAYS = 1
 _QUIET_ZONE = 2  # modules; the standard's four cost lines, and readers take two
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +32,25 @@ class Invitation:
     fingerprint: str | None
     qr: str | None
 
-    def lines(self) -> list[str]:
+    def lines(self, *, colours: bool | None = None) -> list[str]:
         """What to print, in order; the code, if there is one, comes first.
+
+        Args:
+            colours: Whether what shows the lines takes colours; by default whether standard error is a terminal.
+                Without them, the code is of blocks alone: right where ink is darker than the page.
 
         >>> Invitation(url="http://127.0.0.1:8000/t/", fingerprint=None, qr=None).lines()[-1]
         'Open http://127.0.0.1:8000/t/ in a browser on this computer and press start. The link works once.'
         """
+        coloured = sys.stderr is not None and sys.stderr.isatty() if colours is None else colours
+        code = (self.qr if coloured else _COLOURS.sub("", self.qr)).splitlines() if self.qr else []
         if self.fingerprint is None:
             return [
-                *(self.qr.splitlines() if self.qr else []),
+                *code,
                 f"Open {self.url} in a browser on this computer and press start. The link works once.",
             ]
         return [
-            *(self.qr.splitlines() if self.qr else ["For a QR code: pip install 'tacit[devices]'."]),
+            *(code or ["For a QR code: pip install 'tacit[devices]'."]),
             f"Open {self.url}",
             "on a phone in the same network (point its camera at the code), and press start. The link works once.",
             "",

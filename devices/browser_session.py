@@ -73,6 +73,7 @@ class PageSession:
         self.conditions: dict[str, dict[str, Conditions]] = {}
         self.complete: list[str] = []  # runtimes
         self.started, self.ended = threading.Event(), threading.Event()
+        self.parted = threading.Event()  # the page knows that it is over, or is no more
         self.reason: str | None = None  # why it ended early
         self.heard_s = time.monotonic()
         self._lock = threading.Lock()
@@ -122,9 +123,11 @@ class PageSession:
             if name == "start":
                 return _reply({"session": self._start(told)})
             if self.ended.is_set():
-                raise RequestRefused(410, "the measurement has ended")
+                self.parted.set()
+                raise RequestRefused(410, self.reason or "the measurement has ended")
             if name == "closed":
                 self.end("the page was closed")
+                self.parted.set()
                 return _reply({})
             if not self._is_next(headers.get("x-tacit-sequence", "")):
                 return _reply({})  # said before, and its answer lost on the way
@@ -141,6 +144,12 @@ class PageSession:
         if not self.ended.is_set():
             self.reason = reason
             self.ended.set()
+
+    def dismiss(self, reason: str, wait_s: float) -> None:
+        """End it from here, and wait until the page has asked and been told, so that it does not measure on."""
+        if self.started.is_set():
+            self.end(reason)
+            self.parted.wait(wait_s)
 
     def snapshot(self) -> threading.Lock:
         """To be held while results are made of what is here."""
@@ -177,6 +186,7 @@ class PageSession:
         if name == "ended":
             reason = told.get("reason")
             self.end(None if reason is None else printable(str(reason)))
+            self.parted.set()
             return self.summary()
         if name.startswith("outputs/"):
             self.models[name.removeprefix("outputs/")].outputs = body

@@ -1,49 +1,29 @@
-"""The report's charts of training, privacy and devices; `svg.py` turns them into elements of the page."""
+"""The report's charts of training, privacy and latency; `svg.py` turns them into elements of the page."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tacit.edge.metric_words import metric_title, metric_value
 from tacit.edge.svg import SERIES, Chart, Point, render, write_text
+from tacit.edge.timings import (
+    Mark,
+    Timing,
+    charted_devices,
+    end_of,
+    latency_limit,
+    marks_of,
+    timings_of,
+)
 from tacit.edge.wording import duration, epsilon, finite, plain, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "MARKERS",
-    "Timing",
-    "begins_at",
-    "devices_of",
-    "draw_charts",
-    "runtimes_of",
-    "spent_by_owner",
-    "timings_of",
-]
+__all__ = ["begins_at", "draw_charts", "spent_by_owner"]
 
-MARKERS = (("o", "●"), ("D", "◆"), ("^", "▲"), ("s", "■"))  # matplotlib's name, and the same in a line of text
-_MOST_NAMED_OWNERS, _MOST_INTERVALS, _MOST_LABELS, _MOST_DEVICES = 24, 40, 16, 4
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One variant on one device; what was not measured is None."""
-
-    variant: str
-    device: str
-    runtime: str
-    p50_us: float
-    p90_us: float | None
-    p50_ci_us: Point | None
-    p90_ci_us: Point | None
-    size_bytes: float | None
-    accuracy: float | None  # the task's metric
-
-
-# What there is to draw.
+_MOST_NAMED_OWNERS, _MOST_INTERVALS, _MOST_LABELS = 24, 40, 16
 
 
 def spent_by_owner(privacy: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -56,68 +36,6 @@ def spent_by_owner(privacy: Mapping[str, Any]) -> list[tuple[str, float]]:
     by_owner = privacy.get("epsilon_by_owner")
     found = [(str(o), e) for o, v in by_owner.items() if (e := finite(v)) is not None] if by_owner else []
     return sorted(found, key=lambda pair: (-pair[1], pair[0]))
-
-
-def timings_of(summary: Mapping[str, Any]) -> list[Timing]:
-    """Return every median latency that was measured, in the order of the variants.
-
-    Example:
-        >>> small = {"name": "small", "latency": {"local": {"runtime": "litert", "p50_us": 42.0}}}
-        >>> [(t.variant, t.device, t.runtime, t.p50_us) for t in timings_of({"variants": [small]})]
-        [('small', 'local', 'litert', 42.0)]
-    """
-    timings = []
-    for variant in summary["variants"]:
-        for device, found in (variant.get("latency") or {}).items():
-            p50_us = finite(found.get("p50_us")) if isinstance(found, Mapping) else None
-            if p50_us is None:
-                continue
-            bounds = found.get("ci")
-            interval = bounds if isinstance(bounds, Mapping) else {}
-            timings.append(
-                Timing(
-                    variant=plain(variant.get("name")),
-                    device=plain(device),
-                    runtime=plain(found.get("runtime") or variant.get("format")),
-                    p50_us=p50_us,
-                    p90_us=finite(found.get("p90_us")),
-                    p50_ci_us=_pair(interval.get("p50_us")),
-                    p90_ci_us=_pair(interval.get("p90_us")),
-                    size_bytes=finite(variant.get("bytes")),
-                    accuracy=finite(variant.get("accuracy")),
-                )
-            )
-    return timings
-
-
-def _pair(value: object) -> Point | None:
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    low, high = finite(value[0]), finite(value[1])
-    return None if low is None or high is None else (low, high)
-
-
-def devices_of(timings: Sequence[Timing]) -> list[str]:
-    """Return the devices, each once, in the order in which they appear.
-
-    Example:
-        >>> small = {"name": "small", "latency": {"phone": {"p50_us": 90.0}, "local": {"p50_us": 42.0}}}
-        >>> devices_of(timings_of({"variants": [small, small]}))
-        ['phone', 'local']
-    """
-    return list(dict.fromkeys(t.device for t in timings))
-
-
-def runtimes_of(timings: Sequence[Timing]) -> list[str]:
-    """Return the runtimes, each once; their order gives them colour and marker.
-
-    Example:
-        >>> latency = {"local": {"p50_us": 42.0}}
-        >>> variants = [{"format": name, "latency": latency} for name in ("tflite", "onnx", "tflite")]
-        >>> runtimes_of(timings_of({"variants": variants}))
-        ['tflite', 'onnx']
-    """
-    return list(dict.fromkeys(t.runtime for t in timings))
 
 
 def _trace(rounds: object, key: str) -> list[Point]:
@@ -170,15 +88,15 @@ def draw_charts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _device_charts(timings: Sequence[Timing], shown: Callable[[object], str]) -> Iterator[Chart]:
-    runtimes = runtimes_of(timings)
-    for index, device in enumerate(devices_of(timings)[:_MOST_DEVICES]):
+    marks = marks_of(timings)
+    for index, device in enumerate(charted_devices(timings)[0]):
         here = [t for t in timings if t.device == device]
         sized = [t for t in here if t.size_bytes is not None]
         if sized:
-            draw = partial(_draw_front, timings=sized, runtimes=runtimes, shown=shown)
+            draw = partial(_draw_front, timings=sized, marks=marks, shown=shown)
             yield Chart(f"front-{index}", f"Size against median latency on {device}", draw, 3.9)
         rows = here[:_MOST_INTERVALS]
-        draw = partial(_draw_intervals, timings=rows, runtimes=runtimes)
+        draw = partial(_draw_intervals, timings=rows, marks=marks, limit=latency_limit(here))
         height = 0.9 + (0.5 if len(rows) < 8 else 0.36) * len(rows)
         yield Chart(f"latency-{index}", f"Latency from median to 90th percentile on {device}", draw, height)
 
@@ -221,36 +139,50 @@ def _draw_owners(axes: "Axes", *, spent: Sequence[tuple[str, float]]) -> None:
 
 
 def _draw_front(
-    axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[str], shown: Callable[[object], str]
+    axes: "Axes", *, timings: Sequence[Timing], marks: Mapping[str, Mark], shown: Callable[[object], str]
 ) -> None:
     xs, ys = [t.p50_us for t in timings], [t.size_bytes or 0.0 for t in timings]
     if min(xs) > 0 and max(xs) / min(xs) > 15:
         axes.set_xscale("log")
     axes.margins(0.2)
     for t, y in zip(timings, ys, strict=True):
-        index = runtimes.index(t.runtime) % 4
-        axes.plot([t.p50_us], [y], linestyle="", marker=MARKERS[index][0], markersize=8, color=SERIES[index])
+        _put_mark(axes, marks[t.runtime], t.p50_us, y, size=8)
     axes.set_ylim(bottom=0)
     if len(timings) <= _MOST_LABELS:
-        names = [_short(t.variant) + ("" if t.accuracy is None else f" {shown(t.accuracy)}") for t in timings]
-        _label_points(axes, list(zip(xs, ys, strict=True)), names)
+        _label_points(axes, list(zip(xs, ys, strict=True)), [_label(t, shown) for t in timings])
     axes.xaxis.set_major_formatter(lambda x, _: duration(x))
     axes.yaxis.set_major_formatter(lambda y, _: size(y))
     axes.set_xlabel("median latency")
 
 
-def _draw_intervals(axes: "Axes", *, timings: Sequence[Timing], runtimes: Sequence[str]) -> None:
-    """Draw p50 to p90 as a bar and both confidence intervals as whiskers, one row a variant."""
+def _label(timing: Timing, shown: Callable[[object], str]) -> str:
+    reached = " wrong here" if timing.is_wrong else "" if timing.accuracy is None else f" {shown(timing.accuracy)}"
+    return _short(timing.variant) + reached
+
+
+def _put_mark(axes: "Axes", mark: Mark, x: float, y: float, *, size: float) -> None:
+    color = SERIES[mark.series]
+    face = color if mark.is_filled else "none"
+    axes.plot([x], [y], mark.marker, markersize=size, color=color, markerfacecolor=face, markeredgewidth=1.6)
+
+
+def _draw_intervals(axes: "Axes", *, timings: Sequence[Timing], marks: Mapping[str, Mark], limit: float | None) -> None:
+    """Draw p50 to p90 as a bar and both confidence intervals as whiskers, one row a variant; an arrow at the limit."""
     for row, t in enumerate(timings):
-        color = SERIES[runtimes.index(t.runtime) % 4]
+        color = SERIES[marks[t.runtime].series]
         axes.plot([t.p50_us, t.p90_us or t.p50_us], [row, row], color=color, linewidth=7, alpha=0.45)
-        for value, interval in ((t.p50_us, t.p50_ci_us), (t.p90_us, t.p90_ci_us)):
-            if value is not None:
-                axes.plot([value], [row], marker="|", markersize=13, markeredgewidth=2, color=color)
+        for interval in (t.p50_ci_us, t.p90_ci_us):
             if interval is not None:
                 axes.plot(interval, [row, row], color=color, linewidth=2)
+        if t.p90_us is not None:
+            axes.plot([t.p90_us], [row], marker="|", markersize=13, markeredgewidth=2, color=color)
+        _put_mark(axes, marks[t.runtime], t.p50_us, row, size=6)
+        if limit is not None and end_of(t) > limit:
+            said = f"p90 at {duration(t.p90_us)}" if t.p90_us and t.p90_us > limit else f"to {duration(end_of(t))}"
+            axes.plot([limit], [row], marker=">", markersize=8, color=color, clip_on=False)
+            write_text(axes, said, (limit, row), offset=(-7, 10), left=True)
     _name_rows(axes, [t.variant for t in timings])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, limit)
     axes.xaxis.set_major_formatter(lambda x, _: duration(x))
 
 

@@ -283,7 +283,7 @@ class Fleet:
         return measure_in_browser(
             self.work.artifacts["browser"],
             self.work.inputs,
-            invite=lambda invitation: self.tell("\n".join(["for the phone:", *invitation.lines()])),
+            invite=lambda invitation: self.tell("\n".join(["for the phone, within ten minutes:", *invitation.lines()])),
             host=self.access.host,
             port=self.access.port,
             mode=self.work.mode,

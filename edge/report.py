@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tacit.edge.audit_charts import draw_audit_charts, membership_of
-from tacit.edge.charts import MARKERS, begins_at, devices_of, draw_charts, runtimes_of, spent_by_owner, timings_of
+from tacit.edge.charts import begins_at, draw_charts, spent_by_owner
 from tacit.edge.device_charts import PARTS, draw_device_charts
 from tacit.edge.metric_words import (
     apart,
@@ -33,6 +33,7 @@ from tacit.edge.report_devices import (
 )
 from tacit.edge.report_fits import list_elsewhere, list_fits
 from tacit.edge.report_rounds import describe_traffic, is_at_most, list_aside, list_refusals
+from tacit.edge.timings import Timing, charted_devices, latency_limit, marks_of, timings_of
 from tacit.edge.wording import (
     UNMEASURED,
     audit_claim,
@@ -185,9 +186,10 @@ def _render(summary: dict[str, Any]) -> str:
         forms=_describe_forms(variants),
         baselines=_find_baselines(variants),
         flags=_explain_flags(variants),
-        fastest=min(timings, key=lambda t: t.p50_us, default=None),
-        runtimes=[(MARKERS[i % 4][1], f"series-{i % 4}", name) for i, name in enumerate(runtimes_of(timings))],
-        timed_devices=devices_of(timings),
+        fastest=min((t for t in timings if not t.is_wrong), key=lambda t: t.p50_us, default=None),
+        charted=_describe_charted(timings),
+        uncharted=charted_devices(timings)[1],
+        most_devices=_MOST_DEVICES,
         timed_cells=timed_cells(summary),
         devices=describe_devices(summary),
         parts=PARTS,
@@ -220,6 +222,17 @@ def _wilson(share: float | None, examples: float | None) -> tuple[float, float] 
 
 
 # What the page says about the variants.
+
+
+def _describe_charted(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """Return each device with charts of size and latency: what its marks mean, and whether its axis of time is cut."""
+    marks, described = marks_of(timings), []
+    for device in charted_devices(timings)[0]:
+        here = [t for t in timings if t.device == device]
+        names = dict.fromkeys(t.runtime for t in here)
+        key = [(marks[name].letter, f"series-{marks[name].series}", name) for name in names]
+        described.append({"name": device, "key": key, "is_cut": latency_limit(here) is not None})
+    return described
 
 
 def _made_up(variants: Sequence[Mapping[str, Any]]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tacit.edge.device_charts import PARTS, Entries, cold_limit, curve_of, ratios_of
-from tacit.edge.wording import duration, finite, percent, plain
+from tacit.edge.wording import date_of, day, duration, finite, percent, plain
 
 __all__ = [
     "INPUT_SOURCES",
@@ -125,39 +125,92 @@ def describe_devices(summary: Mapping[str, Any]) -> list[Row]:
 def _describe(summary: Mapping[str, Any], device: str, number: int) -> Row:
     about, entries = mapping_of(mapping_of(summary.get("measured")).get(device)), entries_on(summary, device)
     sources = [entry.get("input_source") for entry in entries.values()]
-    colds = [cold for entry in entries.values() if (cold := mapping_of(entry.get("cold")))]
     view = {
         "name": device,
         "number": number,
         "badge": badge_of(device),
+        "phones": _phones(entries),
+        "days": _days(entries),
         "inputs": INPUT_SOURCES["random"] if "random" in sources else None,
         "lost": about.get("lost"),
         "kept": len(entries),
         "changes": texts_of(about.get("changes")),
         "ratios": [(runtime, rows[0].variant) for runtime, rows in ratios_of(entries).items()],
         "loads": [_load(name, entry) for name, entry in entries.items() if curve_of(entry)],
-        "cold": _cold_words(colds, cut=cold_limit(entries) is not None),
+        "cold": _cold_words(entries, cut=cold_limit(entries) is not None),
         "colds": [_cold_row(name, entry) for name, entry in entries.items() if mapping_of(entry.get("cold"))],
         "profiles": [row for name, entry in entries.items() if (row := _profile(name, entry))][:_MOST_PROFILES],
         "unmeasured": _unmeasured(entries),
     }
-    parts = ("lost", "changes", "ratios", "loads", "colds", "profiles", "unmeasured")
+    parts = ("phones", "days", "lost", "changes", "ratios", "loads", "colds", "profiles", "unmeasured")
     return {**view, "worth": any(view[part] for part in parts)}
+
+
+def _phones(entries: Entries) -> str | None:
+    """Return on which phone a device's figures were taken; "adb" may mean one today and another one tomorrow.
+
+    Example:
+        >>> _phones({"a": {"phone": "Pixel 9"}, "b": {"phone": "Pixel 6"}, "c": {"phone": "Pixel 9"}})
+        'Pixel 9 (a, c); Pixel 6 (b)'
+        >>> _phones({"a": {"phone": "Pixel 9"}, "b": {"phone": "Pixel 9"}}), _phones({"a": {}})
+        ('Pixel 9', None)
+    """
+    found: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if isinstance(phone := entry.get("phone"), str) and phone:
+            found.setdefault(plain(phone), []).append(name)
+    if len(found) < 2:
+        return next(iter(found), None)
+    return "; ".join(f"{phone} ({_names(names, len(entries))})" for phone, names in found.items())
+
+
+def _days(entries: Entries) -> tuple[str, str] | None:
+    """Return the first and the last day on which a device's figures were taken, where these are not one day.
+
+    Example:
+        >>> times = ("2026-11-23T07:13:00+00:00", "2026-11-21T22:00:00+00:00", "2026-11-22T01:00:00+00:00")
+        >>> _days({str(number): {"taken": time} for number, time in enumerate(times)})
+        ('21 November 2026', '23 November 2026')
+        >>> _days({"a": {"taken": times[0]}, "b": {"taken": "today"}}) is None
+        True
+    """
+    days = sorted(found for entry in entries.values() if (found := date_of(entry.get("taken"))) is not None)
+    return (day(days[0]), day(days[-1])) if days and days[0] != days[-1] else None
 
 
 def _load(name: str, entry: Mapping[str, Any]) -> Row:
     """A line of the table of sustained runs."""
     run, curve, heat = entry["sustained"], curve_of(entry), curve_of(entry, "temperature_c")
+    asked_s = finite(run.get("asked_s"))
+    change, interval = _change(run)
     return {
         "name": name,
         "seconds": curve[-1][0],
+        "asked_s": asked_s if asked_s is not None and curve[-1][0] < 0.9 * asked_s - 2 else None,
         "first_us": curve[0][1],
         "last_us": curve[-1][1],
-        "change": _signed(run.get("change")),
+        "change": change,
+        "change_interval": interval,
         "heat": f"{heat[0][1]:.3g} to {heat[-1][1]:.3g}\u00a0°C" if heat else "not known",
         "throttled": run.get("throttled") is True,
         "energy": energy(entry),
     }
+
+
+def _change(run: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the change of pace under load, and its interval where there is one; in words where that holds 0.
+
+    Example:
+        >>> found = [_change({"change": 0.251, "change_ci": ci}) for ci in (None, [0.2, 0.3], [0.0, 0.51])]
+        >>> [tuple(str(text).replace("\u00a0", " ") for text in pair) for pair in found]
+        [('+25.1 %', 'None'), ('+25.1 %', '+20.0 % to +30.0 %'), ('no clear change', '+25.1 %; ±0.0 % to +51.0 %')]
+    """
+    change, ends = _signed(run.get("change")), run.get("change_ci")
+    low, high = (finite(end) for end in ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    if finite(run.get("change")) is None or low is None or high is None:
+        return change, None
+    interval = f"{_signed(low)} to {_signed(high)}"
+    return ("no clear change", f"{change}; {interval}") if low <= 0 <= high else (change, interval)
 
 
 def _signed(share: object) -> str:
@@ -193,16 +246,25 @@ def _reads(value: float, scale: float, unit: str) -> bool:
     return abs(value) * scale >= 1 or unit == "nJ"
 
 
-def _cold_words(colds: Sequence[Mapping[str, Any]], *, cut: bool) -> str | None:
+def _cold_words(entries: Entries, *, cut: bool) -> str | None:
     """Return how cold starts were taken."""
-    if not colds:
+    found = {name: cold for name, entry in entries.items() if (cold := mapping_of(entry.get("cold")))}
+    if not found:
         return None
-    counts = [n for cold in colds if (n := finite(cold.get("n"))) is not None]
-    caches = {plain(cold.get("page_cache")) for cold in colds}
+    counts = [n for cold in found.values() if (n := finite(cold.get("n"))) is not None]
+    caches = {plain(cold.get("page_cache")) for cold in found.values()}
+    runtimes = [plain(entries[name].get("runtime")) for name in found]
     cache = "The file was in the page cache (warm): a first start after switching on reads it from storage besides."
-    starts = f"Medians of {min(counts):.0f} fresh processes. " if counts else ""
-    shown = cache if caches == {"warm"} else f"Page cache: {', '.join(sorted(caches))}."
-    return starts + shown + (" Bars that reach the right edge go on: their figure stands beside them." if cut else "")
+    said = [
+        f"Medians of {min(counts):.0f} fresh processes." if counts else "",
+        cache if caches == {"warm"} else f"Page cache: {', '.join(sorted(caches))}.",
+        "The import knows nothing of the file, so all files of a runtime are drawn with the median of theirs: where "
+        "they differ, that is what else the machine did just then."
+        if len(set(runtimes)) < len(runtimes)
+        else "",
+        "Bars that reach the right edge go on: their figure stands beside them." if cut else "",
+    ]
+    return " ".join(line for line in said if line)
 
 
 def _cold_row(name: str, entry: Mapping[str, Any]) -> Row:
@@ -257,12 +319,23 @@ def _names(names: Sequence[str], everybody: int) -> str:
 def group_failures(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return what failed as (names, stage, reason), the same reason once.
 
+    What was measured and computes something else there is called wrong, everything else of a device not measured.
+
     Example:
         >>> lost = [{"stage": "measure adb", "name": name, "reason": "unplugged"} for name in "ab"]
-        >>> group_failures({"failed": lost})
-        [('a, b', 'measure adb', 'unplugged')]
+        >>> wrong = {"name": "a", "latency": {"local": {"flags": ["departs"]}}}
+        >>> row = {"stage": "measure local", "name": "a", "reason": "9 % right"}
+        >>> group_failures({"failed": [*lost, row], "variants": [wrong]})
+        [('a, b', 'measure adb', 'not measured: unplugged'), ('a', 'measure local', 'wrong: 9 % right')]
     """
+    held = {plain(variant.get("name")): mapping_of(variant.get("latency")) for variant in summary["variants"]}
     found: dict[tuple[str, str], list[str]] = {}
     for row in summary["failed"]:
-        found.setdefault((plain(row.get("stage")), plain(row.get("reason"))), []).append(plain(row.get("name")))
+        name, stage, reason = (plain(row.get(key)) for key in ("name", "stage", "reason"))
+        kind, _, device = stage.partition(" ")
+        if kind == "measure":
+            flags = texts_of(mapping_of(held.get(name, {}).get(device)).get("flags"))
+            verdict = "wrong" if "departs" in flags else "not measured"
+            reason = reason if reason.startswith(f"{verdict}: ") else f"{verdict}: {reason}"
+        found.setdefault((stage, reason), []).append(name)
     return [(_names(names, -1), stage, reason) for (stage, reason), names in found.items()]

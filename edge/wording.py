@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 
 __all__ = [
     "UNMEASURED",
@@ -12,6 +12,8 @@ __all__ = [
     "audit_finding",
     "audit_question",
     "audit_verdict",
+    "date_of",
+    "day",
     "duration",
     "epsilon",
     "finite",
@@ -126,7 +128,30 @@ def moment(value: object) -> str:
         when = datetime.fromisoformat(str(value))
     except ValueError:
         return plain(value)
-    return f"{when.day} {when:%B %Y, %H:%M %Z}".strip()
+    return f"{day(when)}, {when:%H:%M %Z}".strip()
+
+
+def date_of(value: object) -> date | None:
+    """Return the day of an ISO 8601 time, or None where that is none.
+
+    Example:
+        >>> date_of("2026-03-01T09:05:00+00:00"), date_of(None)
+        (datetime.date(2026, 3, 1), None)
+    """
+    try:
+        return datetime.fromisoformat(value).date() if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def day(when: date) -> str:
+    """Return a day in words.
+
+    Example:
+        >>> day(date(2026, 3, 1))
+        '1 March 2026'
+    """
+    return f"{when.day} {when:%B %Y}"
 
 
 # What an audit asked and found. An ε that was found is a lower bound, so it is rounded down; a claim is rounded up.

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacit.devices import browser, browser_job, browser_server, browser_session
+from tacit.devices import browser, browser_job, browser_server, browser_session, judgement
 from tacit.devices.answers import DeviceUnreachable
 from tacit.devices.browser import device_name, measure_in_browser
 from tacit.devices.browser_invitation import Invitation, addresses_of, certificate, lan_addresses, qr_lines
@@ -154,6 +155,7 @@ def vendored(tmp_path, monkeypatch):
         (web / "vendor" / name).write_text("export {};\n")
     (web / "vendor" / "versions.json").write_text('{"onnxruntime-web": "1.30.0", "LiteRT.js": "2.5.3"}')
     monkeypatch.setattr(browser_job, "_WEB", web)
+    monkeypatch.setattr(browser, "_PARTING_S", 0.2)  # phones that only pretend do not ask again
     return web
 
 
@@ -228,6 +230,10 @@ def test_what_a_page_tells_becomes_a_result_like_those_of_other_devices(models, 
     assert "\x1b" not in facts["user_agent"]
     shown = json.loads(answer)["artifacts"]
     assert shown["m0"]["is_first"]
+    right = float((expected[:4].argmax(axis=1) == evaluation.labels[:4]).mean())
+    assert shown["m0"]["accuracy"] == {"kind": "top1", "n": 4, "share": right}
+    assert (shown["m0"]["p50_us"], shown["m0"]["flags"]) == (first["p50_us"], first["flags"])
+    assert shown["m1"]["accuracy"] is None
     assert shown["m1"]["relative"]["estimate"] == second["relative"]["estimate"]
     assert [name for name, _ in made.kept] == ["float32", "small"]
 
@@ -481,6 +487,38 @@ def test_what_interrupts_it_ends_the_wait(models, inputs, is_open):
             made.finished()
 
 
+def test_a_page_that_measures_on_is_told_that_the_computer_has_ended_it(models, inputs, monkeypatch):
+    monkeypatch.setattr(browser, "_PARTING_S", 20.0)
+    enough = threading.Event()
+
+    def check():
+        if enough.is_set():
+            raise ConnectionAbortedError("interrupted")
+
+    with measuring(models, inputs, check=check) as made:
+        phone = Phone(made.url)
+        phone.start()
+        enough.set()
+        deadline_s, status = time.monotonic() + 10.0, 200
+        while status == 200 and time.monotonic() < deadline_s:
+            phone.sequence += 1
+            status, answer = phone.ask("alive", {}, headers={"X-Tacit-Sequence": str(phone.sequence)})
+        assert (status, json.loads(answer)) == (410, {"error": "it was interrupted there"})
+        with pytest.raises(ConnectionAbortedError):
+            made.finished()
+
+
+def test_without_labels_the_page_is_told_how_often_answers_agree():
+    interval = {"estimate": 0.75, "low": 0.5, "high": 0.9}
+    entry = {"p50_us": 1.0, "p90_us": None, "ci": {"p50_us": None}, "relative": None, "flags": ["noisy"]}
+    for top1, kind in ((None, "agreement"), (interval, "top1")):
+        found = {"n": 8, "top1": top1, "agreement": interval, "max_abs": 0.0}
+        shown = browser._shown({**entry, "accuracy": found}, is_first=False)
+        assert shown["accuracy"] == {"kind": kind, "n": 8, "share": 0.75}
+    nothing = {"n": 8, "top1": None, "agreement": None, "max_abs": None}
+    assert browser._shown({**entry, "accuracy": nothing}, is_first=False)["accuracy"] is None
+
+
 def test_a_port_that_is_taken_is_a_device_that_cannot_be_reached(models, inputs):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -654,7 +692,7 @@ def test_an_invitation_says_how_to_accept_the_certificate_and_its_code_holds_the
     segno = pytest.importorskip("segno")
     url, fingerprint = "https://192.168.1.23:54321/abcdefghijklmnopqrstuv/", ":".join(["AB"] * 32)
     code = qr_lines(url)
-    said = "\n".join(Invitation(url=url, fingerprint=fingerprint, qr=code).lines())
+    said = "\n".join(Invitation(url=url, fingerprint=fingerprint, qr=code).lines(colours=True))
     assert url in said
     assert fingerprint in said.replace("\n  ", ":").replace("  ", "")
     assert {"Chrome", "iPhone", "Firefox", "firewalls"} <= set(re.findall(r"\w+", said))
@@ -665,6 +703,24 @@ def test_an_invitation_says_how_to_accept_the_certificate_and_its_code_holds_the
     right = [[int(bool(one)) for one in row] for row in segno.make(url, error="m", micro=False).matrix]
     assert [row[2:-2] for row in rows[2 : 2 + len(right)]] == right
     assert len(drawn) <= 23  # a terminal of 24 lines shows it whole
+
+
+@pytest.mark.parametrize("fingerprint", [None, ":".join(["AB"] * 32)])
+def test_only_a_terminal_is_given_colours(fingerprint, monkeypatch):
+    code = "\x1b[30;107m █▀ \x1b[0m\n\x1b[30;107m ▄█ \x1b[0m\n"
+    invitation = Invitation(url="http://127.0.0.1:8000/t/", fingerprint=fingerprint, qr=code)
+    assert invitation.lines()[:2] == [" █▀ ", " ▄█ "]
+    assert not [line for line in invitation.lines() if "\x1b" in line]
+    ours, theirs = os.openpty()
+    try:
+        with os.fdopen(theirs, "w") as terminal:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            assert invitation.lines()[:2] == code.splitlines()
+            monkeypatch.setattr(sys, "stderr", None)
+            assert invitation.lines()[0] == " █▀ "
+            monkeypatch.undo()
+    finally:
+        os.close(ours)
 
 
 def test_addresses_are_this_computers_and_a_name_is_none():
@@ -700,6 +756,15 @@ def test_the_page_has_no_script_of_its_own_text_and_asks_for_nothing_from_elsewh
     for path in PAGES:
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert re.search(r"https?:|url\(|@import|innerHTML|eval\(|document\.write", text) is None, path.name
+
+
+def test_the_page_has_words_for_every_flag_that_its_results_may_carry():
+    script = (WEB / "measure.js").read_text(encoding="utf-8")
+    words = re.search(r"const FLAGS = \{(.*?)\n\};", script, re.DOTALL)[1]
+    explained = set(re.findall(r'^  "?([\w-]+)"?: "', words, re.MULTILINE))
+    raised = set(re.findall(r"``([\w-]+)`` \(", judgement.Latency.__doc__)) | {"slowed", "incomplete"}
+    unseen = {"steal", "governor"}  # a page learns neither
+    assert explained == raised - unseen
 
 
 def contrast(first, second):
@@ -893,10 +958,51 @@ def test_without_webassembly_page_and_result_say_so(chromium, convolutions):
 
 
 @pytest.mark.soak
-def test_a_computer_that_goes_away_is_said_on_the_page(chromium, convolutions, monkeypatch):
-    monkeypatch.setattr(browser, "_SILENCE_S", 0.001)  # it ends the run at once
+@pytest.mark.parametrize(
+    ("parting_s", "said"),
+    [(5.0, "The computer has ended the measurement\nIt was interrupted there."), (0.0, "The computer does not answer")],
+)
+def test_a_computer_that_goes_away_is_said_on_the_page_at_once(chromium, convolutions, monkeypatch, parting_s, said):
+    monkeypatch.setattr(browser, "_PARTING_S", parting_s)  # without one it is gone as if it had been switched off
     artifacts, values, _ = convolutions
-    with measuring(artifacts, values) as made:
+    enough = threading.Event()
+
+    def check():
+        if enough.is_set():
+            raise ConnectionAbortedError("interrupted")
+
+    with measuring(artifacts, values, mode="full", check=check) as made:
         begin(chromium, made.url)
-        made.finished()
-        assert "The computer does not answer" in shown(chromium, "failed")[0]
+        deadline_s = time.monotonic() + 40.0
+        while not any("interleaved" in line for line in made.said) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        enough.set()
+        if not parting_s:
+            made.thread.join(20)
+            while "It does not answer. Trying again" not in shown(chromium, "running", limit_s=4.0)[0]:
+                time.sleep(0.1)
+        assert said in shown(chromium, "failed", limit_s=8.0)[0]
+        assert chromium.find_element("id", "running").get_attribute("hidden") is not None
+        with pytest.raises(ConnectionAbortedError):
+            made.finished()
+
+
+@pytest.mark.soak
+def test_table_and_chart_of_the_page_write_the_same_medians_and_flags_have_words(chromium, convolutions):
+    artifacts, values, expected = convolutions
+    labels = expected.argmax(axis=1)
+    with measuring(artifacts, values, evaluation=Evaluation(inputs=values, labels=labels)) as made:
+        begin(chromium, made.url)
+        shown(chromium, "done")
+        result = made.finished()
+    rows = chromium.find_elements("css selector", "#done-tables tbody tr")
+    assert len(rows) == 4
+    medians = [row.find_element("css selector", "td").text.split("\n")[0] for row in rows]
+    assert [one.text for one in chromium.find_elements("css selector", "#latency .value")] == medians
+    heads = {one.get_attribute("textContent") for one in chromium.find_elements("css selector", "thead th")}
+    assert heads == {"Model", "Median", "p90", "Ratio", "Accuracy"}
+    flags = {flag for entry in result["artifacts"].values() for flag in entry["flags"]}
+    assert {one.text for one in chromium.find_elements("css selector", "#done-tables th .flag")} == flags
+    words = [one.text for one in chromium.find_elements("css selector", ".flags li")]
+    assert {line.split(" ")[0] for line in words} == flags
+    assert all(len(line.split(" ")) > 4 for line in words)

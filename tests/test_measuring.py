@@ -20,7 +20,7 @@ from tacit.devices.answers import DeviceUnreachable
 from tacit.devices.fit import ArtifactFacts, fit_table
 from tacit.devices.profile import load_profile
 from tacit.devices.sandbox import ArtifactRefused
-from tacit.edge import cli_measure, measure_lines, measured, measuring, pipeline
+from tacit.edge import cli_measure, flag_words, measure_lines, measured, measuring, pipeline, report
 from tacit.edge.fleet import Access, Fleet, Work, check_device, file_of
 from tacit.edge.history import History
 from tacit.edge.measuring import measure_run
@@ -323,6 +323,10 @@ def test_what_is_wrong_with_the_command_itself_is_said_before_anything_starts(ta
 
     with pytest.raises(RecipeInvalid, match=re.escape(words)):
         cli_measure.measure(there(target), **{name: there(given) for name, given in options.items()})
+
+
+def test_every_flag_has_words_in_the_terminal_and_in_the_report():
+    assert set(flag_words.FLAGS) == set(report._FLAGS)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 200])

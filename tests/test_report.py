@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tacit.devices import protocol
-from tacit.edge import charts, report, svg, wording
+from tacit.edge import charts, device_charts, report, svg, timings, wording
 from tacit.edge.report import write_report
 
 ADVERSARY = "honest-but-curious server and everyone who receives models"
@@ -1214,7 +1214,7 @@ def test_what_is_lost_reads_not_measured_with_the_reason_and_never_0(devices: _P
     assert (
         "onnx-float32, onnx-dynamic, onnx-small, tflite-float32, tflite-dynamic, tflite-small measure adb not" in text
     )
-    table = text[text.index("Data use Latency p50") :]
+    table = text[text.index("Data use Device Latency p50") :]
     assert "on adb not measured" in table
     assert "on ssh:pi@pi5 not measured" in table
     assert not [
@@ -1244,6 +1244,158 @@ def test_accuracy_on_the_device_stands_beside_the_one_here(devices: _Page) -> No
 def test_a_run_that_was_measured_as_before_has_no_section_for_devices(demo: _Page) -> None:
     headings = {a.get("id") for tag, a in demo.elements if tag == "h2"}
     assert not headings & {"devices", "elsewhere", "fits"}
+
+
+def _of_runtimes(latency: dict[str, str], **more: Any) -> dict[str, Any]:
+    """One variant that was timed on devices, each with a runtime."""
+    timed = {device: {"p50_us": 20.0, "p90_us": 28.0, "runtime": name, **more} for device, name in latency.items()}
+    return {"name": "small", "format": "onnx", "bytes": 9000, "accuracy": 0.9, "latency": timed}
+
+
+def test_every_runtime_that_there_is_has_a_mark_of_its_own_and_one_device_s_differ_in_colour() -> None:
+    variants = [_of_runtimes({name: name}) for name in timings._KNOWN_RUNTIMES]
+    marks = timings.marks_of(timings.timings_of({"variants": variants}))
+    assert len({mark.letter for mark in marks.values()}) == len(timings._KNOWN_RUNTIMES) == 8
+    assert len({(mark.series, mark.marker, mark.is_filled) for mark in marks.values()}) == 8
+    for together in (("onnxruntime", "litert", "executorch", "tflite-runtime"), ("onnxruntime-web", "LiteRT.js")):
+        assert len({marks[name].series for name in together}) == len(together)
+    alone = timings.marks_of(timings.timings_of({"variants": variants[3:4]}))
+    assert alone == {"tflite-runtime": marks["tflite-runtime"]}, "the same in every run"
+    many = [_of_runtimes({"local": f"own {number}"}) for number in range(11)]
+    assert len({mark.letter for mark in timings.marks_of(timings.timings_of({"variants": many})).values()}) == 8
+
+
+def test_a_chart_s_key_has_the_runtimes_of_that_chart_alone(tmp_path: Path) -> None:
+    variant = _of_runtimes({"local": "onnxruntime", "local:tflite-runtime": "tflite-runtime", "adb": "benchmark_model"})
+    source = _write(_demo() | {"variants": [variant]}, tmp_path)
+    captions = re.findall(r"<figcaption><h3>(.*?)</h3>(.*?)</figcaption>", source, re.DOTALL)
+    keys = {title: re.findall(r'"true">(.)</span> (.*?)</span>', text) for title, text in captions}
+    for title in ("Size, latency and accuracy", "Latency by runtime"):
+        assert keys[f"{title} on local"] == [("●", "onnxruntime")]
+        assert keys[f"{title} on local:tflite-runtime"] == [("■", "tflite-runtime")]
+        assert keys[f"{title} on adb"] == [("△", "benchmark_model")]
+
+
+def test_devices_whose_latency_is_not_drawn_are_named(tmp_path: Path) -> None:
+    names = [f"ssh:pi@pi{number}" for number in range(6)]
+    summary = _demo() | {"variants": [_of_runtimes(dict.fromkeys(names, "litert"))]}
+    text = _page(summary, tmp_path).text
+    assert "of the first 4 devices. Without charts of size and latency" in text
+    assert "in the table: ssh:pi@pi4, ssh:pi@pi5." in text
+    assert "Latency by runtime on ssh:pi@pi3" in text
+    assert "Latency by runtime on ssh:pi@pi4" not in text
+    four = _demo() | {"variants": [_of_runtimes(dict.fromkeys(names[:4], "litert"))]}
+    assert "Without charts" not in _page(four, tmp_path).text
+    lost = {name: {"mode": "quick", "lost": "unplugged"} for name in (f"ssh:pi@pi{number}" for number in range(9))}
+    text = _page(_demo() | {"measured": lost}, tmp_path).text
+    assert text.count("Without charts: this page draws those of the first 8 devices.") == 2  # local is the first
+
+
+def test_one_far_bound_does_not_squash_a_chart_and_where_it_ends_is_written(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["variants"][1]["latency"]["local"]["ci"]["p90_us"] = [33.0, 21_656.0]
+    page = _page(summary, tmp_path)
+    assert "to 21.7\u00a0ms" in page.texts["text"]
+    assert not [one for one in page.texts["text"] if one.endswith("ms") and not one.startswith("to ")], "no such tick"
+    assert "Rows with an arrow go on beyond the right edge" in page.text
+    summary["variants"][1]["latency"]["local"]["p90_us"] = 21_000.0
+    assert "p90 at 21\u00a0ms" in _page(summary, tmp_path).texts["text"]
+    summary["variants"][1]["latency"]["local"] |= {"p90_us": 36.2, "ci": {"p90_us": [33.0, 90.0]}}
+    page = _page(summary, tmp_path)
+    assert "Rows with an arrow" not in page.text
+    assert not [one for one in page.texts["text"] if one.startswith("to ")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.floats(0.1, 1e6), st.floats(1.0, 1e4), st.floats(1.0, 1e4)).map(
+            lambda row: {"p50_us": row[0], "p90_us": row[0] * row[1], "ci": {"p90_us": [0.0, row[0] * row[1] * row[2]]}}
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_no_median_lies_beyond_the_end_of_its_chart(rows: list[dict[str, Any]]) -> None:
+    drawn = timings.timings_of({"variants": [{"name": "a", "latency": {"local": row}} for row in rows]})
+    limit = timings.latency_limit(drawn)
+    if limit is None:
+        assert max(map(timings.end_of, drawn)) <= 3 * max(6 * t.p50_us for t in drawn)
+    else:
+        assert max(t.p50_us for t in drawn) < limit < max(map(timings.end_of, drawn))
+
+
+def test_what_computes_something_else_is_wrong_and_never_the_fastest(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["variants"][4]["latency"]["local"] |= {"p50_us": 1.0, "flags": ["departs"]}
+    reason = "expected about 95.3 % right, as where it was judged, got 9.4 % there"
+    unplugged = {"stage": "measure adb", "name": "onnx-small", "reason": "unplugged"}
+    already = {"stage": "measure adb", "name": "tflite-small", "reason": "not measured: the page was closed"}
+    failed = [{"stage": "measure local", "name": "tflite-dynamic", "reason": reason}, unplugged, already]
+    page = _page(summary | {"failed": failed}, tmp_path)
+    assert f"tflite-dynamic measure local wrong: {reason}" in page.text
+    assert "onnx-small measure adb not measured: unplugged" in page.text
+    assert "tflite-small measure adb not measured: the page was closed" in page.text
+    assert re.search(r"Fastest 6\.3\sµs tflite-small", page.text)
+    assert "tflite-dynamic wrong here" in page.texts["text"]
+
+
+def test_one_import_is_drawn_for_all_files_of_a_runtime() -> None:
+    def cold(import_us: float, runtime: str) -> dict[str, Any]:
+        parts = {"import_us": import_us, "load_us": 5.0, "first_us": 1.0}
+        return {"runtime": runtime, "cold": {key: {"estimate": value} for key, value in parts.items()}}
+
+    entries = {"a": cold(50.0, "litert"), "b": cold(20.0, "litert"), "c": cold(30.0, "litert"), "d": cold(7.0, "micro")}
+    rows = device_charts._cold_rows(entries)
+    assert rows == {"a": [30.0, 5.0, 1.0], "b": [30.0, 5.0, 1.0], "c": [30.0, 5.0, 1.0], "d": [7.0, 5.0, 1.0]}
+
+
+def test_a_shared_import_is_explained_where_there_is_one(devices: _Page, tmp_path: Path) -> None:
+    words = "The import knows nothing of the file, so all files of a runtime are drawn with the median of theirs"
+    assert devices.text.count(words) == 3  # local, ssh and browser, each with several files of a runtime
+    summary = _with_devices()
+    summary["variants"] = summary["variants"][:1]
+    assert words not in _page(summary, tmp_path).text
+
+
+def test_phone_and_days_stand_beside_the_device(devices: _Page, tmp_path: Path) -> None:
+    assert "Measured on" not in devices.text
+    assert "Measured between" not in devices.text
+    summary = _with_devices()
+    for number, variant in enumerate(summary["variants"]):
+        variant["latency"]["local"]["taken"] = "2026-11-23T09:00:00+00:00"
+        if "browser" in variant["latency"]:
+            told = {"phone": "Chrome 156, Android; 8 cores", "taken": f"2026-11-2{number}T09:00:00+00:00"}
+            variant["latency"]["browser"] |= told
+    text = _page(summary, tmp_path).text
+    assert "browser in-browser Measured on Chrome 156, Android; 8 cores. Measured between 20 November 2026 and" in text
+    assert text.count("Measured between") == 1
+
+
+def test_a_change_under_load_that_may_be_none_is_called_so(tmp_path: Path) -> None:
+    summary = _with_devices()
+    told = ({"change_ci": [0.2, 0.3]}, {"change_ci": [-0.02, 0.5], "asked_s": 300.0}, {"change_ci": None})
+    for variant, more in zip(summary["variants"], told, strict=False):
+        variant["latency"]["local"]["sustained"] |= more
+    text = _said(_page(summary, tmp_path))
+    minus = "\N{MINUS SIGN}"
+    assert "onnx-float32 59 s 20 µs 25.9 µs +25.1 % +20.0 % to +30.0 % not known" in text
+    assert f"59 s of 300 s that were asked for 21 µs 27.2 µs no clear change +25.1 %; {minus}2.0 % to +50.0 %" in text
+    assert "onnx-small 59 s 22 µs 28.5 µs +25.1 % not known" in text
+
+
+def test_with_several_devices_each_has_a_row_of_the_table_beside_its_variant(tmp_path: Path) -> None:
+    summary = _demo()
+    summary["variants"][0]["latency"]["phone"] = {"p50_us": 900.0, "p90_us": None, "runtime": "litert"}
+    source = _write(summary, tmp_path)
+    table = source[source.index('aria-label="Variants"') :]
+    table = table[: table.index("</table>")]
+    assert table.count("<tr>") == 1 + 6 + 1
+    first = table[table.index("<tbody>") : table.index("</tbody>")]
+    assert first.count('rowspan="2"') == 5
+    assert re.findall(r'data-label="Device" class="where">(.*?)</td>', first) == ["on local", "on phone"]
+    heads = table[: table.index("</thead>")].count("<th ")
+    assert first[: first.index("</tr>")].count("<td") + 1 == heads == 9
 
 
 def test_twenty_variants_on_four_devices_stay_under_a_megabyte(tmp_path: Path) -> None:
@@ -1282,7 +1434,10 @@ def test_parts_of_another_shape_are_left_out(odd: Any, tmp_path: Path) -> None:
         "ci",
     )
     entries = {key: {**entry, key: odd} for key in outer}
-    for key in ("estimate", "median_us", "start_s", "temperature_c", "by_type_us", "import_us", "top1", "change"):
+    entry["sustained"] |= {"change_ci": [0.1, 0.2], "asked_s": 60.0}
+    entry |= {"phone": "a phone", "taken": "2026-11-23T09:00:00+00:00"}
+    inner = ("estimate", "median_us", "start_s", "temperature_c", "by_type_us", "import_us", "top1", "change")
+    for key in (*inner, "change_ci", "asked_s", "phone", "taken"):
         entries[key] = _swapped(entry, key, odd)
     odd_ones = [{**first, "name": key, "latency": {"local": value}} for key, value in entries.items()]
     answers = [
@@ -1310,6 +1465,7 @@ def test_no_string_of_a_device_becomes_markup(payload: str, devices: _Page, tmp_
         entry = _poisoned(variant["latency"]["local"], payload, numbers=False)
         entry["profile"]["by_type_us"] = {payload: 3.0}
         entry["not_measured"] = {payload: payload}
+        entry |= {"phone": payload, "taken": payload}
         variant["latency"][payload] = entry
         variant["answers_on"][payload] = {"n": payload, "max_abs": payload, "operators": [payload]}
     page = _page(summary, tmp_path)

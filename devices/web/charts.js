@@ -20,7 +20,17 @@ function quantile(values, share) {
   return sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
 }
 
-const digits = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value >= 0.1 ? value.toFixed(2) : value.toFixed(3));
+// Times as the whole page writes them, in tables and in charts: three digits, in microseconds below a millisecond.
+export const number = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
+const scale = (us) => (Number(us.toPrecision(3)) >= 1000 ? { unit: "ms", by: 1000 } : { unit: "µs", by: 1 });
+export function time(us) {
+  const { unit, by } = scale(us);
+  return `${number(us / by)} ${unit}`;
+}
+export function range([low, high]) {
+  const { unit, by } = scale(high);
+  return `${number(low / by)}–${number(high / by)} ${unit}`;
+}
 
 // 1, 2 or 5 times a power of ten, about so many of them in the range.
 function stepOf(range, count) {
@@ -40,22 +50,25 @@ function place(holder, label, width, height) {
   return svg;
 }
 
-// A row for each model: its name and median above, dots below on an axis that all share.
+// A row for each model: its name and median above, dots below on an axis that all share. The median is that of all
+// runs once it is known (`p50Us`), before that the one of the dots.
 export function drawLatency(holder, models) {
   const width = Math.max(280, Math.min(820, holder.clientWidth || 340)), row = 50, height = row * models.length + 24;
   const high = 1.08 * Math.max(...models.map(({ medians }) => quantile(medians.map(({ ms }) => ms), 0.97)));
   const x = (ms) => 4 + (Math.min(ms, high) / high) * (width - 8);
-  const said = models.map(({ name, medians }) => `${name} ${digits(median(medians.map(({ ms }) => ms)))} ms`).join(", ");
+  const middleOf = ({ medians, p50Us }) => (p50Us ? p50Us / 1000 : median(medians.map(({ ms }) => ms)));
+  const said = models.map((model) => `${model.name} ${time(1000 * middleOf(model))}`).join(", ");
   const svg = place(holder, `Median time for one run: ${said}`, width, height);
+  const { unit, by } = scale(1000 * high);
   for (const tick of ticks(0, high, width > 500 ? 6 : 4)) {
     svg.append(make("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 0, y2: height - 20 }));
-    svg.append(make("text", { class: tick ? "middle" : "", x: x(tick), y: height - 5 }, tick ? String(Number(tick.toPrecision(3))) : "0 ms"));
+    svg.append(make("text", { class: tick ? "middle" : "", x: x(tick), y: height - 5 }, tick ? String(Number(((1000 * tick) / by).toPrecision(3))) : `0 ${unit}`));
   }
-  models.forEach(({ name, colour, medians }, index) => {
-    const top = index * row, values = medians.map(({ ms }) => ms), middle = median(values);
+  models.forEach((model, index) => {
+    const { name, colour, medians } = model, top = index * row, values = medians.map(({ ms }) => ms), middle = middleOf(model);
     const room = Math.floor((width - 85) / 8.6); // letters beside the figure
     svg.append(make("text", { class: "name", x: 4, y: top + 15 }, name.length > room ? `${name.slice(0, room - 1)}…` : name));
-    svg.append(make("text", { class: "value", x: width - 4, y: top + 15 }, `${digits(middle)} ms`));
+    svg.append(make("text", { class: "value", x: width - 4, y: top + 15 }, time(1000 * middle)));
     const every = Math.ceil(values.length / DOTS);
     values.forEach((ms, at) => {
       if (at % every) return;

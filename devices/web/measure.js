@@ -1,18 +1,34 @@
 // The page: says what will happen, starts the worker, draws what it measures, and posts it to the computer in order.
 
-import { drawLatency, drawPace } from "./charts.js";
+import { drawLatency, drawPace, number, range, time } from "./charts.js";
 
 const MESSAGE = {
   used: ["This link has been used", "A measurement was started with it, here or on another device. What was measured so far is on the computer.", "Start the measurement again on the computer and open the new link."],
   wasm: ["This browser cannot run models", "It has no WebAssembly with SIMD, which both runtimes need.", "Open the link of a new measurement in Chrome, Edge, Firefox, or Safari 16.4 and later. In Lockdown Mode (iPhone), WebAssembly is off."],
-  gone: ["The computer does not answer", "The measurement there has ended, or this device has left its network. What was measured so far is on the computer.", "Check that both are on the same network, then start the measurement again."],
+  gone: ["The computer does not answer any more", "The measurement there has ended, or this device has left its network. Nothing is measured here any more; what was measured so far is on the computer.", "Check that both are on the same network, then start the measurement again."],
+  ended: ["The computer has ended the measurement", "", "What was complete by then is on the computer. Start the measurement again there to repeat it."],
   broken: ["The measurement stopped", "", "What was measured so far is on the computer. Start the measurement again to repeat it."],
 };
+// What is said of a result, in words; devices/judgement.py and devices/browser.py raise these.
+const FLAGS = {
+  noisy: "the runs differ from each other by more than 10 %",
+  drift: "it became faster or slower by more than 5 % while it was measured",
+  averaged: "a run is too short for this browser's clock, so several were timed at a time; the slowest single runs do not show",
+  "few-samples": "too few runs for a 90th percentile",
+  contended: "other programs had the processor for a part of the time",
+  throttled: "this device slowed itself down",
+  slowed: "it became more than 10 % slower in the run under load",
+  incomplete: "not all of its runs were made",
+};
+// Milliseconds: how long the computer may take for an answer, for one to outputs or to the end, and be silent at all
+// attempts to reach it; the last is longer where this device knows that it has no network. ALIVE: this page's own silence.
+const ANSWER_MS = 10000, LONG_ANSWER_MS = 60000, PATIENCE_MS = 4000, OFFLINE_MS = 30000, ALIVE_MS = 2000;
+const IS_HERE = ["127.0.0.1", "[::1]"].includes(location.hostname);
 const SECTIONS = ["loading", "start", "running", "failed", "done"];
 const $ = (id) => document.getElementById(id);
 const sleep = (ms) => new Promise((resume) => setTimeout(resume, ms));
 
-let job, session = "", sequence = 0, queue = Promise.resolve(), over = false, worker, lock, hidden = 0;
+let job, session = "", sequence = 0, queue = Promise.resolve(), over = false, worker, lock, hidden = 0, sentAt = 0, note = "";
 const models = new Map(); // by id: { name, colour, runtime, medians, pace, start }
 
 function show(name) {
@@ -33,6 +49,13 @@ function fail(kind, text) {
   return null;
 }
 
+let isWaiting = false;
+function showWaiting(isIt) {
+  isWaiting = isIt;
+  $("running-title").textContent = document.visibilityState === "hidden" ? "Paused" : isIt ? "Waiting for the computer" : "Measuring";
+  $("running-note").textContent = isIt ? "It does not answer. Trying again …" : note;
+}
+
 async function post(name, body) {
   const isBytes = body instanceof ArrayBuffer;
   const headers = {
@@ -41,17 +64,25 @@ async function post(name, body) {
     "X-Tacit-Sequence": String(sequence),
   };
   sequence += 1;
-  for (let attempt = 0; ; attempt += 1) {
+  const sent = isBytes ? body : JSON.stringify(body);
+  for (let attempt = 0, begunAt = Date.now(); ; attempt += 1) {
     try {
-      const sent = isBytes ? body : JSON.stringify(body);
-      const response = await fetch(name, { method: "POST", headers, body: sent, keepalive: name === "ended" });
-      if (response.ok) return response.json();
+      sentAt = Date.now();
+      const signal = AbortSignal.timeout?.(isBytes || name === "ended" ? LONG_ANSWER_MS : ANSWER_MS);
+      const response = await fetch(name, { method: "POST", headers, body: sent, keepalive: name === "ended", signal });
+      if (response.ok) {
+        const answer = await response.json();
+        showWaiting(false);
+        return answer;
+      }
       const reason = (await response.json().catch(() => ({}))).error || response.statusText;
       throw Object.assign(new Error(reason), { status: response.status });
     } catch (error) {
       // A phone's network comes and goes; the computer takes no report twice.
-      if ((error.status && error.status !== 503) || attempt === 4) throw error;
-      await sleep(300 * 2 ** attempt);
+      const waited = Date.now() - begunAt, patience = navigator.onLine || IS_HERE ? PATIENCE_MS : OFFLINE_MS;
+      if ((error.status && error.status !== 503) || waited > patience) throw error;
+      showWaiting(true);
+      await sleep(Math.min(1000, 300 * 2 ** attempt));
     }
   }
 }
@@ -63,7 +94,8 @@ function tell(name, body) {
     try {
       return await post(name, body);
     } catch (error) {
-      if (error.status === 410 || !error.status) return fail("gone");
+      if (error.status === 410) return fail("ended", sentence(error.message));
+      if (!error.status) return fail("gone");
       const reason = `the computer refused a report (${error.status}): ${error.message}`;
       await post("ended", { reason: reason.slice(0, 300) }).catch(() => {});
       return fail("broken", `${reason}.`);
@@ -71,6 +103,8 @@ function tell(name, body) {
   });
   return queue;
 }
+
+const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
 
 function hasWasm() {
   // A function that returns a vector: valid only where there is SIMD.
@@ -172,12 +206,14 @@ async function begin() {
   show("running");
   $("results").hidden = false;
   const awake = await keepAwake();
-  $("running-note").textContent = awake ? "The screen stays on. Keep this page in front." : "Keep the screen on and this page in front.";
+  note = awake ? "The screen stays on. Keep this page in front." : "Keep the screen on and this page in front.";
+  showWaiting(false);
   worker = new Worker("measure-worker.js");
   worker.onmessage = ({ data }) => receive(data);
   worker.onerror = (event) => stop(event.message || "the worker could not be started");
   worker.postMessage({ job, session });
-  setInterval(() => { if (!over) tell("alive", {}); }, 5000);
+  // So that each learns soon that the other is gone.
+  setInterval(() => { if (!over && Date.now() - sentAt >= ALIVE_MS) tell("alive", {}); }, ALIVE_MS / 2);
 }
 
 async function stop(reason) {
@@ -232,10 +268,6 @@ function draw() {
   drawPace($("pace"), series.filter((one) => one.points.length > 1), isSustained && isLong ? "min" : "s");
 }
 
-const number = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
-const time = (us) => (us === null ? "too few runs" : us >= 1000 ? `${number(us / 1000)} ms` : `${number(us)} µs`);
-const range = ([low, high]) => (high >= 1000 ? `${number(low / 1000)}–${number(high / 1000)} ms` : `${number(low)}–${number(high)} µs`);
-
 function cell(text, small) {
   const made = element("td", text);
   made.setAttribute("role", "cell");
@@ -243,12 +275,19 @@ function cell(text, small) {
   return made;
 }
 
+// Only all of them are 100 %.
+const percent = (share) => `${share < 1 ? Math.min(99.9, Number((100 * share).toFixed(1))) : 100} %`;
+const shownTime = (us) => (us === null ? "too few runs" : time(us));
+
+// What share the answers' column holds: of right labels, or of answers like the original model's.
+const checkOf = (results) => Object.values(results).find(({ accuracy }) => accuracy)?.accuracy.kind;
+
 function table(group, results) {
   const rows = group.models.filter((model) => results[model.id]);
   if (!rows.length) return null;
   const card = element("div", undefined, "card"), made = element("table"), head = element("tr");
   made.append(element("caption", group.runtime));
-  for (const title of ["Model", "Median", "p90", "Ratio", ...(job.check ? ["Agrees"] : [])]) {
+  for (const title of ["Model", "Median", "p90", "Ratio", ...(job.check ? [checkOf(results) === "top1" ? "Accuracy" : "Same answer"] : [])]) {
     const column = element("th", title);
     column.scope = "col";
     column.setAttribute("role", "columnheader"); // a style of rows takes roles away
@@ -268,10 +307,15 @@ function table(group, results) {
     name.setAttribute("role", "rowheader");
     row.setAttribute("role", "row");
     name.append(swatch, model.name);
-    row.append(name, cell(time(found.p50_us), found.ci_us && range(found.ci_us)), cell(time(found.p90_us)));
+    for (const flag of found.flags) {
+      const badge = element("span", flag, "flag");
+      badge.title = FLAGS[flag] ?? "";
+      name.append(" ", badge);
+    }
+    row.append(name, cell(shownTime(found.p50_us), found.ci_us && range(found.ci_us)), cell(shownTime(found.p90_us)));
     const ratio = found.relative;
     row.append(ratio ? cell(`${number(ratio.estimate)}×`, `${number(ratio.low)}–${number(ratio.high)}`) : cell(found.is_first ? "1" : "–", found.is_first ? "reference" : "too few runs"));
-    if (job.check) row.append(found.accuracy ? cell(`${(100 * found.accuracy.share).toFixed(0)} %`, `of ${found.accuracy.n}`) : cell("–"));
+    if (job.check) row.append(found.accuracy ? cell(percent(found.accuracy.share), `of ${found.accuracy.n}`) : cell("–"));
     body.append(row);
   }
   made.append(top, body);
@@ -279,14 +323,26 @@ function table(group, results) {
   return card;
 }
 
+// What the marks beside the names mean.
+function explain(flags) {
+  if (!flags.size) return;
+  const list = $("done-tables").appendChild(element("ul", undefined, "flags"));
+  for (const flag of flags) {
+    const row = list.appendChild(element("li"));
+    row.append(element("span", flag, "flag"), ` ${FLAGS[flag] ?? "is explained in the report on the computer"}`);
+  }
+}
+
 function finish(answer) {
   if (over || !answer) return;
   over = true;
   worker.terminate();
   release();
+  const found = answer.artifacts, count = Object.keys(found).length;
+  for (const [id, { p50_us }] of Object.entries(found)) models.get(id).p50Us = p50_us;
+  $("latency-note").textContent = "A dot is the median of a few runs in a row, the line the median of all runs, as in the table.";
   draw();
   show("done");
-  const found = answer.artifacts, count = Object.keys(found).length;
   if (!count) {
     $("done-title").textContent = "No model could be measured";
     $("done-lead").textContent = "Why is said below, and on the computer.";
@@ -298,6 +354,8 @@ function finish(answer) {
   if (job.groups.some((group) => group.models.length > 1)) {
     $("done-tables").append(element("p", "Ratio: time of a run against the first model of the same runtime, with its 95 % interval; below 1 is faster.", "quiet"));
   }
+  if (checkOf(found)) $("done-tables").append(element("p", checkOf(found) === "top1" ? "Accuracy: the share of inputs with the right answer." : "Same answer: the share of inputs on which it answers as the original model does.", "quiet"));
+  explain(new Set(Object.values(found).flatMap(({ flags }) => flags)));
   if (hidden) problem(`The page was left ${hidden === 1 ? "once" : `${hidden} times`} while it measured; it waited for your return.`);
 }
 
@@ -307,7 +365,7 @@ document.addEventListener("visibilitychange", () => {
   if (paused) hidden += 1;
   else keepAwake();
   worker.postMessage({ paused });
-  $("running-title").textContent = paused ? "Paused" : "Measuring";
+  showWaiting(isWaiting);
 });
 
 addEventListener("pagehide", () => {
