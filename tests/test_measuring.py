@@ -20,7 +20,7 @@ from tacit.devices.answers import DeviceUnreachable
 from tacit.devices.fit import ArtifactFacts, fit_table
 from tacit.devices.profile import load_profile
 from tacit.devices.sandbox import ArtifactRefused
-from tacit.edge import cli_measure, flag_words, measure_lines, measured, measuring, pipeline, report
+from tacit.edge import cli_measure, flag_words, measure_lines, measured, measurement, measuring, pipeline, report
 from tacit.edge.fleet import Access, Fleet, Work, check_device, file_of
 from tacit.edge.history import History
 from tacit.edge.measuring import measure_run
@@ -549,7 +549,7 @@ def test_an_interrupted_session_is_in_the_history_and_its_figures_have_their_tim
     with pipeline._opened(copied) as folder:
         artifacts = {"local": [SimpleNamespace(name=name) for name in names]}
         work = SimpleNamespace(artifacts=artifacts, input_source="test")
-        session = measuring._Measurement(folder, work, {"local": {}}, Silent())
+        session = measurement.Measurement(folder, work, {"local": {}}, Silent())
         for count in (1, 2):
             session._keep("local", {**partial, "artifacts": {name: entries[name] for name in names[:count]}})
     kept = result(copied)["artifacts"]
@@ -593,7 +593,7 @@ def test_a_change_is_kept_on_disk_and_what_was_not_measured_anew_is_no_new_sessi
     with pipeline._opened(copied) as folder:
         artifacts = {"local": [SimpleNamespace(name=name) for name in now["artifacts"]]}
         work = SimpleNamespace(artifacts=artifacts, input_source="test")
-        session = measuring._Measurement(folder, work, {"local": result(copied)}, Silent())
+        session = measurement.Measurement(folder, work, {"local": result(copied)}, Silent())
         session._keep("local", {**now, "complete": True})
     first, second = result(copied)["changes"]
     assert first == "onnx-float32: x", "what was said of a figure stays with it"
@@ -654,7 +654,7 @@ def test_an_artifact_that_a_device_computes_otherwise_is_flagged_and_failed(tmp_
         return {"flags": ["noisy"], "accuracy": {"top1": {"estimate": estimate, "low": 0.05, "high": high}}}
 
     artifacts = {"wrong": entry(0.097, 0.132), "right": entry(0.944, 0.964), "untold": {"flags": [], "accuracy": None}}
-    found = measuring._judged(folder, {"artifacts": artifacts, "failed": {}})
+    found = measurement._judged(folder, {"artifacts": artifacts, "failed": {}})
     assert list(found["failed"]) == ["wrong"]
     assert "got 9.7 % there" in found["failed"]["wrong"]
     assert found["artifacts"]["wrong"]["flags"] == ["noisy", "departs"]
