@@ -36,6 +36,9 @@ def result_lines(name: str, result: Mapping[str, Any], *, alone: bool) -> list[s
         lines += _parity_lines(artifacts, str(result.get("latency", "")))
     elif artifacts:
         lines += _latency_table(artifacts)
+    lines += [
+        wrapped(f"on {phone}") for phone in sorted({str(e["phone"]) for e in artifacts.values() if e.get("phone")})
+    ]
     sources = {entry.get("input_source") for entry in artifacts.values()}
     lines += [wrapped(words) for source, words in INPUT_SOURCES.items() if source in sources]
     lines += _extra_lines(artifacts)

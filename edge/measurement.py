@@ -55,7 +55,8 @@ class Measurement:
         if alone and len(lost) == len(names) and not any(self._latest[name]["artifacts"] for name in names):
             raise lost[names[0]]
         done = sum(len(self._new[name]) for name in names)
-        missing = sum(len(artifacts[name]) - len(self._work.known.get(name, {})) for name in names)
+        # What another phone showed was known, too, and is measured again.
+        missing = sum(max(len(self._new[n]), len(artifacts[n]) - len(self._work.known.get(n, {}))) for n in names)
         self._progress.end(f"{done} of {missing} artifacts on {', '.join(names)}")
         return self._latest
 

@@ -336,10 +336,19 @@ def test_no_figure_is_lost_in_a_narrow_terminal_and_flags_have_words(columns, mo
     entry = {"p50_us": 12.3, "p90_us": 45.6, "relative": ratio, "peak_memory_bytes": 4_000_000, "flags": ["noisy"]}
     entry["accuracy"] = {"n": 500, "top1": {"estimate": 0.94, "low": 0.91, "high": 0.96}}
     entry["profile"] = {"by_type_us": {"Conv": 3.0, "Add": 1.0}, "share_of_p50": 10.7}
+    entry["phone"] = "Tested Phone 7"
     lines = measure_lines.result_lines("ssh:pi", {"artifacts": {"onnx-float32": entry}, "failed": {}}, alone=True)
     assert max(len(line) for text in lines for line in text.splitlines()) <= columns
     text = " ".join(" ".join(lines).split())
-    for shown in ("12.3 µs", "45.6 µs", "0.43 (0.42-0.45)", "4.0 MB", "94%", "(noisy: runs spread by more than 10 %)"):
+    for shown in (
+        "12.3 µs",
+        "45.6 µs",
+        "0.43 (0.42-0.45)",
+        "4.0 MB",
+        "94%",
+        "(noisy: runs spread by more than 10 %)",
+        "on Tested Phone 7",
+    ):
         assert shown in text
     assert "operators: Conv 75%, Add 25%; rough: with its profiler the model took 10.7 times its median" in text
 
