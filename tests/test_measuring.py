@@ -350,6 +350,7 @@ def test_no_figure_is_lost_in_a_narrow_terminal_and_flags_have_words(columns, mo
         "on Tested Phone 7",
     ):
         assert shown in text
+    assert "on Tested Phone 7" in text
     assert "operators: Conv 75%, Add 25%; rough: with its profiler the model took 10.7 times its median" in text
 
 
