@@ -112,7 +112,8 @@ class _Job:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     answer: bytes = b""
     error: str | None = None
-    answered: threading.Event = field(default_factory=threading.Event)
+    turn: threading.Lock = field(default_factory=threading.Lock)  # of the one answer that is taken
+    answered: threading.Event = field(default_factory=threading.Event)  # and replied to: the browser may go
 
 
 def _job(kind: str, path: Path, inputs: Sequence[Values], layouts: Sequence[str]) -> _Job:
@@ -162,10 +163,12 @@ class _Exchange(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         name, length = self._name(), self.headers.get("Content-Length", "")
         job = self.served
-        if name not in ("answer", "error") or job.answered.is_set():
+        if name not in ("answer", "error"):
             self.send_error(404)
         elif not length.isascii() or not length.isdigit() or int(length) > _MOST_BYTES:
             self.send_error(413)
+        elif not job.turn.acquire(blocking=False):
+            self.send_error(404)
         else:
             content = self.rfile.read(int(length))
             if name == "answer":

@@ -522,7 +522,7 @@ def test_the_report_explains_exactly_the_flags_that_a_measurement_can_carry() ->
     assert told == set(report._FLAGS)
     browser = (Path(protocol.__file__).with_name("browser.py")).read_text(encoding="utf-8")
     assert all(f'"{flag}"' in browser for flag in in_a_browser)
-    assert '"departs"' in (Path(report.__file__).with_name("measuring.py")).read_text(encoding="utf-8")
+    assert '"departs"' in (Path(report.__file__).with_name("measurement.py")).read_text(encoding="utf-8")
 
 
 def test_flags_that_nothing_carries_are_not_explained(demo: _Page, tmp_path: Path) -> None:
