@@ -79,14 +79,10 @@ def measure(
     _check_options(target, port, files)
     if sustained is not None and not 1 <= sustained <= _MOST_SUSTAINED_S:
         raise RecipeInvalid(f"expected 1 to {_MOST_SUSTAINED_S} seconds, got {sustained}; name as many", "--sustained")
-    from tacit.edge.fleet import Access, check_device
+    from tacit.edge.fleet import Access, check_devices
     from tacit.edge.progress import Console
 
-    for name in device:
-        try:
-            check_device(name)
-        except ValueError as error:
-            raise RecipeInvalid(str(error), "--device") from None
+    check_devices(device)
     if forget:
         return _forgotten(target, device)
     access = Access(

@@ -11,19 +11,21 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tacit.devices.answers import DeviceUnreachable
 from tacit.devices.sandbox import ArtifactRefused
+from tacit.edge.recipe import RecipeInvalid
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from tacit.devices.protocol import Artifact, Device, Evaluation, Mode
 
-__all__ = ["KINDS", "Access", "Fleet", "Work", "check_device", "file_of"]
+__all__ = ["KINDS", "Access", "Fleet", "Work", "check_device", "check_devices", "file_of"]
 
 Result = dict[str, Any]
 KINDS = ("local", "local:tflite-runtime", "ssh:user@host[:port]", "adb[:serial]", "browser", "micro", "qemu:aarch64")
@@ -112,6 +114,18 @@ def check_device(name: str) -> str:
     return name
 
 
+def check_devices(names: Sequence[str]) -> list[str]:
+    """Devices' names, each once.
+
+    Raises:
+        RecipeInvalid: One is none.
+    """
+    try:
+        return list(dict.fromkeys(check_device(name) for name in names))
+    except ValueError as error:
+        raise RecipeInvalid(str(error), "--device") from None
+
+
 def file_of(device: str) -> str:
     """The name of a device's file below measure/: its own where that is a plain one.
 
@@ -159,7 +173,8 @@ class Fleet:
             except BaseException:  # also Ctrl-C: threads end soon, and leave their devices clean
                 self._stopped.set()
                 for interrupt in list(self._under_way.values()):
-                    interrupt()
+                    with suppress(Exception):  # a device that has gone must not keep the others under way
+                        interrupt()
                 raise
         return {name: found[name] for name in names}
 

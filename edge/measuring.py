@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tacit.devices.sandbox import ArtifactRefused
-from tacit.edge.fleet import Access, Fleet, Work, check_device, file_of
+from tacit.edge.fleet import Access, Fleet, Work, check_devices, file_of
 from tacit.edge.measured import Result, fit_is_old, held_result, incomplete, nothing, peaks_of, standing
 from tacit.edge.measurement import Measurement
 from tacit.edge.progress import Progress
@@ -61,7 +61,7 @@ def measure_run(
     """
     from tacit.edge.variants import built_artifacts
 
-    names, access = _checked(devices), access or Access()
+    names, access = check_devices(devices), access or Access()
     artifacts = built_artifacts(folder)
     if not artifacts:
         raise FolderMismatch(f"expected artifacts in {folder.path}, got none; `tacit compress {folder.path}` first")
@@ -96,7 +96,7 @@ def forget_devices(folder: RunFolder, devices: Sequence[str]) -> list[str]:
     Raises:
         RecipeInvalid: A name is none of a device.
     """
-    known = [name for name in _checked(devices) if (folder.path / "measure" / file_of(name)).exists()]
+    known = [name for name in check_devices(devices) if (folder.path / "measure" / file_of(name)).exists()]
     for name in known:
         (folder.path / "measure" / file_of(name)).unlink()
     return known
@@ -115,7 +115,7 @@ def measure_file(
     from tacit.devices.formats import examine
     from tacit.devices.protocol import Artifact
 
-    names = _checked(devices)
+    names = check_devices(devices)
     values = _read_inputs(inputs)
     examine(path)
     artifacts = {name: [Artifact(name=path.name, path=path)] for name in names}
@@ -142,13 +142,6 @@ def measure_file(
         name: incomplete(name, work, None, outcome) if isinstance(outcome, Exception) else outcome
         for name, outcome in found.items()
     }
-
-
-def _checked(devices: Sequence[str]) -> list[str]:
-    try:
-        return list(dict.fromkeys(check_device(name) for name in devices))
-    except ValueError as error:
-        raise RecipeInvalid(str(error), "--device") from None
 
 
 def _already(known: Mapping[str, Any]) -> str:

@@ -113,7 +113,7 @@ def measure(
     from tacit.edge.measuring import measure_run
 
     with _opened(Path(out)) as folder:
-        _need_weights(folder)  # figures say nothing of privacy; the report that shows both checks the card
+        _need_training(folder)
         names = devices or folder.recipe.devices.names
         return measure_run(folder, names, progress or Silent(), again=again, mode=mode, access=access)
 
@@ -154,13 +154,9 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 
 def _need_training(folder: RunFolder) -> None:
-    _need_weights(folder)
-    _state_privacy(folder)
-
-
-def _need_weights(folder: RunFolder) -> None:
     if not folder.trained:
         raise FolderMismatch(f"expected a trained run in {folder.path}, got none; `tacit train {folder.path}` first")
+    _state_privacy(folder)
 
 
 def _check(recipe: Recipe, where: str, progress: Progress) -> None:

@@ -467,7 +467,7 @@ def test_ctrl_c_breaks_off_what_a_device_has_under_way():
             if name == "local":
                 begun.wait(30)
                 raise KeyboardInterrupt
-            self._under_way[name] = broken.set
+            self._under_way |= {"ssh:gone@b": lambda: 1 / 0, name: broken.set}
             begun.set()
             assert broken.wait(30)
             raise DeviceUnreachable("its end")

@@ -209,12 +209,12 @@ def test_another_recipe_in_the_folder_is_refused_by_its_key(copied, recipe_file)
         assert "federated.seed" in the_error(done, 2)
 
 
-@pytest.mark.parametrize("value", [0.1, 8.1])
-def test_a_card_that_says_another_epsilon_than_the_ledger_is_refused(copied, value):
+@pytest.mark.parametrize(("stage", "value"), [("report", 0.1), ("report", 8.1), ("measure", 0.1)])
+def test_a_card_that_says_another_epsilon_than_the_ledger_is_refused(copied, stage, value):
     path = copied / "privacy.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, "epsilon": value}))
-    assert "epsilon" in the_error(tacit("report", copied), 6)
+    assert "epsilon" in the_error(tacit(stage, copied), 6)
 
 
 def test_a_ledger_that_is_gone_is_refused(copied):
